@@ -1,0 +1,1 @@
+"""Networks and their mathematics; knows no config object and no Trainer."""

@@ -1,0 +1,172 @@
+"""Rotary positions over (frame, row, column), self- and cross-attention of Wan2.1, causal masks."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def rotary_axis_sizes(head_dim: int) -> tuple[int, int, int]:
+    """Channels of a head that encode frame, row and column: Wan's rule, 44/42/42 of 128."""
+    spatial = 2 * (head_dim // 6)
+    return head_dim - 2 * spatial, spatial, spatial
+
+
+def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> Tensor:
+    """Angle of every channel pair at every position; no table, hence no longest video.
+
+    Args:
+        positions: (frame, row, column) of each token, any integer or float dtype.  [..., 3]
+        head_dim: Channels of a head, even.
+        theta: Base of the frequencies; each axis uses theta ** (-2 i / channels of the axis).
+
+    Returns:
+        Unit complex numbers, computed in float64.  [..., head_dim / 2]
+    """
+    parts = []
+    for axis, size in enumerate(rotary_axis_sizes(head_dim)):
+        exponent = torch.arange(0, size, 2, dtype=torch.float64, device=positions.device) / size
+        parts.append(positions[..., axis : axis + 1].double() * theta**-exponent)
+    angles = torch.cat(parts, dim=-1)
+    return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotate interleaved channel pairs (2 i, 2 i + 1).
+
+    Args:
+        x: Queries or keys.  [B, N, S, D]
+        angles: From `rotary_angles`.  [S, D / 2] or [B, S, D / 2]
+
+    Returns:
+        Same shape and dtype as `x`; computed in float32.
+    """
+    if angles.dim() == 3:
+        angles = angles[:, None]  # one set of angles for all heads of a sample
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * angles).flatten(-2).to(x.dtype)
+
+
+def grid_positions(frames: Tensor, height: int, width: int) -> Tensor:
+    """(frame, row, column) of the tokens of some frames, frame slowest.
+
+    Args:
+        frames: Number of each frame in the video.  [F]
+        height: Token rows of a frame.
+        width: Token columns of a frame.
+
+    Returns:
+        int64.  [F * height * width, 3]
+    """
+    rows = torch.arange(height, device=frames.device)
+    columns = torch.arange(width, device=frames.device)
+    return torch.cartesian_prod(frames, rows, columns)
+
+
+def block_causal_mask(num_blocks: int, block_len: int) -> Tensor:
+    """True where query i may read key j: j's block is not after i's.  [S, S]"""
+    block = torch.arange(num_blocks).repeat_interleave(block_len)
+    return block[:, None] >= block[None, :]
+
+
+def teacher_forcing_mask(visible: Tensor, block_len: int) -> Tensor:
+    """Mask of the sequence [clean | noisy] that trains all blocks of a video in one pass.
+
+    A clean query reads the clean tokens of its own and earlier blocks; a noisy query reads the
+    clean tokens of earlier blocks and the noisy tokens of its own. `visible` takes old clean
+    tokens away, as an evicting cache would.
+
+    Args:
+        visible: Whether a query may read an earlier clean token.  [B, S, S] or [1, S, S]
+        block_len: Tokens of a block.
+
+    Returns:
+        True where a query may read a key.  [B, 1, 2 S, 2 S]
+    """
+    num_tokens = visible.shape[-1]
+    block = torch.arange(num_tokens, device=visible.device) // block_len
+    age = block[:, None] - block[None, :]
+    mask = visible.new_zeros(visible.shape[0], 2 * num_tokens, 2 * num_tokens)
+    mask[:, :num_tokens, :num_tokens] = (age == 0) | ((age > 0) & visible)
+    mask[:, num_tokens:, :num_tokens] = (age > 0) & visible
+    mask[:, num_tokens:, num_tokens:] = age == 0
+    return mask[:, None]
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with statistics in float32 and a learned weight."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last axis."""
+        scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+        return (x.float() * scale).to(x.dtype) * self.weight
+
+
+class Attention(nn.Module):
+    """Projections shared by self- and cross-attention: q, k, v, o and the norms of q and k.
+
+    The norms run over the full width, all heads together, as in Wan2.1.
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, eps: float) -> None:
+        super().__init__()
+        width = num_heads * head_dim
+        self.num_heads = num_heads
+        self.q = nn.Linear(width, width)
+        self.k = nn.Linear(width, width)
+        self.v = nn.Linear(width, width)
+        self.o = nn.Linear(width, width)
+        self.norm_q = RMSNorm(width, eps)
+        self.norm_k = RMSNorm(width, eps)
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """[B, S, E] to [B, N, S, D]."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised queries of `x`, normalised keys and raw values of `context`.  [B, N, S, D]"""
+        queries = self.split_heads(self.norm_q(self.q(x)))
+        keys = self.split_heads(self.norm_k(self.k(context)))
+        return queries, keys, self.split_heads(self.v(context))
+
+    def merge(self, attended: Tensor) -> Tensor:
+        """Output projection of [B, N, S, D], as [B, S, E]."""
+        return self.o(attended.transpose(1, 2).flatten(2))
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """Cross-attention of `x` over `context`, no mask: padded text rows are attended too."""
+        queries, keys, values = self.project(x, context)
+        return self.merge(F.scaled_dot_product_attention(queries, keys, values))
+
+
+def attend(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    mask: Tensor | None = None,
+    observe: Callable[[Tensor], None] | None = None,
+) -> Tensor:
+    """Softmax attention; with `observe`, the probabilities are made and handed over, without grad.
+
+    Args:
+        queries: [B, N, Q, D]
+        keys: [B, N, S, D]
+        values: [B, N, S, D]
+        mask: True where a query may read a key, broadcastable to [B, N, Q, S].
+        observe: Called with the probabilities.  [B, N, Q, S]
+    """
+    if observe is None:
+        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+    scores = queries @ keys.transpose(-1, -2) * queries.shape[-1] ** -0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    probabilities = scores.softmax(dim=-1)
+    observe(probabilities.detach())
+    return probabilities @ values

@@ -1,0 +1,178 @@
+"""Block-by-block generation with a KV cache: the only such loop, for training and for sampling."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.flow import add_noise, velocity_to_x0
+from models.kv_cache import CacheSpec, KVCache
+from models.kv_policy import CachePolicy
+from models.salience import SalienceHead
+from models.transformer import VideoTransformer
+
+
+class NoiseSource:
+    """Standard normal noise that belongs to samples: the same in any batch.
+
+    Args:
+        seeds: One per sample.  [B]
+    """
+
+    def __init__(self, seeds: Tensor) -> None:
+        self.device = seeds.device
+        self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+
+    def draw(self, shape: Sequence[int]) -> Tensor:
+        """The next noise of every sample.  [B, *shape]"""
+        noise = [torch.randn(*shape, generator=generator) for generator in self.generators]
+        return torch.stack(noise).to(self.device)
+
+
+@dataclass
+class Sampler:
+    """How a block is denoised.
+
+    Attributes:
+        sigmas: Noise levels from 1 to 0, one network pass per interval (see `sampling_sigmas`).
+        renoise: False: Euler steps along the velocity (many-step student). True: predict clean
+            latents, then noise them anew to the next level (few-step student).
+    """
+
+    sigmas: list[float]
+    renoise: bool = False
+
+    @property
+    def num_steps(self) -> int:
+        """Network passes per block, the clean pass not counted."""
+        return len(self.sigmas) - 1
+
+
+def make_cache(
+    student: VideoTransformer,
+    *,
+    spec: CacheSpec,
+    policy: CachePolicy,
+    seeds: Tensor,
+    sampler: Sampler,
+    head: SalienceHead | None = None,
+) -> KVCache:
+    """An empty cache that fits a student and its sampler."""
+    return KVCache(
+        num_layers=student.num_layers,
+        head_dim=student.head_dim,
+        rope_theta=student.rope_theta,
+        spec=spec,
+        policy=policy,
+        seeds=seeds,
+        passes_per_block=sampler.num_steps + 1,
+        head=head,
+    )
+
+
+def denoise_block(
+    student: VideoTransformer,
+    text: Tensor,
+    *,
+    cache: KVCache,
+    noise: NoiseSource,
+    shape: Sequence[int],
+    sampler: Sampler,
+    grad_step: int | None = None,
+) -> Tensor:
+    """Clean latents of the next block.
+
+    Args:
+        student: Called as the transformer itself or through an engine that wraps it.
+        text: [B, T, text_dim]
+        cache: Past; read only.
+        noise: Of the batch.
+        shape: (F, C, H, W) of the block.
+        sampler: Noise levels and rule.
+        grad_step: Step whose clean estimate is returned with gradient, later steps are not run;
+            None runs all steps without gradient.
+
+    Returns:
+        [B, F, C, H, W]
+    """
+    frames = torch.arange(cache.num_frames, cache.num_frames + shape[0], device=text.device)
+    latents = noise.draw(shape)
+    last = sampler.num_steps - 1 if grad_step is None else grad_step
+    for step in range(last + 1):
+        sigma = latents.new_full(latents.shape[:2], sampler.sigmas[step])
+        with torch.set_grad_enabled(grad_step == step):
+            velocity = student(latents, sigma, text, frames=frames, cache=cache)
+        following = sampler.sigmas[step + 1]
+        if step == last and (grad_step is not None or sampler.renoise):
+            return velocity_to_x0(velocity, latents, sigma)
+        if sampler.renoise:
+            x0 = velocity_to_x0(velocity, latents, sigma)
+            latents = add_noise(x0, noise.draw(shape), torch.full_like(sigma, following))
+        else:
+            latents = latents + (following - sampler.sigmas[step]) * velocity
+    return latents
+
+
+@torch.no_grad()
+def refresh(student: VideoTransformer, text: Tensor, block: Tensor, *, cache: KVCache) -> None:
+    """Write a finished block into the cache: one pass at noise level 0, then eviction."""
+    frames = torch.arange(
+        cache.num_frames, cache.num_frames + block.shape[1], device=block.device
+    )
+    sigma = block.new_zeros(block.shape[:2])
+    student(block.detach(), sigma, text, frames=frames, cache=cache, write=True)
+
+
+@torch.no_grad()
+def generate_blocks(
+    student: VideoTransformer,
+    text: Tensor,
+    *,
+    cache: KVCache,
+    noise: NoiseSource,
+    num_frames: int,
+    latent_shape: Sequence[int],
+    sampler: Sampler,
+    prefix: Tensor | None = None,
+) -> Iterator[Tensor]:
+    """Continue a video; yields each finished block, so any length runs in constant memory.
+
+    Args:
+        student: Block-causal student.
+        text: [B, T, text_dim]
+        cache: Past; empty, or left by an earlier call.
+        noise: Of the batch.
+        num_frames: Frames to produce, the prefix counted; cut to the last block's end.
+        latent_shape: (C, H, W)
+        sampler: Noise levels and rule.
+        prefix: True frames streamed through the same eviction first.  [B, P, C, H, W]
+
+    Yields:
+        [B, frames_per_block, C, H, W], the prefix's blocks included.
+
+    Raises:
+        ValueError: If the prefix is not a whole number of blocks.
+    """
+    size = cache.spec.frames_per_block
+    if prefix is not None and prefix.shape[1] % size:
+        raise ValueError(
+            f"the prefix must be whole blocks of {size} frames, got {prefix.shape[1]} frames"
+        )
+    known = [] if prefix is None else list(prefix.split(size, dim=1))
+    produced = 0
+    while produced < num_frames:
+        if known:
+            block = known.pop(0)
+        else:
+            block = denoise_block(
+                student,
+                text,
+                cache=cache,
+                noise=noise,
+                shape=(size, *latent_shape),
+                sampler=sampler,
+            )
+        refresh(student, text, block, cache=cache)
+        produced += size
+        yield block

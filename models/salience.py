@@ -1,0 +1,160 @@
+"""Salience: targets read off a bidirectional teacher's attention, and the head that predicts them.
+
+Three parts per key token, in this order everywhere: `later` (queries in later blocks: what keeping
+the token is worth), `within` (its own block), `earlier` (earlier blocks; only a bidirectional
+teacher has them). Each is the mean over heads of the maximum over queries of the attention
+probability.
+
+Source: PaFu-KV, arXiv:2601.21896 (s_low, s_diag, s_up). Streaming, standardisation and the shape of
+the head are ours.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PARTS = ("later", "within", "earlier")
+
+
+@torch.no_grad()
+def salience_targets(
+    queries: Tensor, keys: Tensor, block_len: int, *, max_tile_values: int = 1 << 22
+) -> Tensor:
+    """Exact salience of every key, streamed over tiles of query rows.
+
+    A tile's scores over all keys give its rows' log-sum-exp, and max over queries of
+    log P[i, j] = s[i, j] - lse[i] updates the part that the tile's block is for each key. The
+    probabilities of more than one tile never exist; memory is O(S) for a fixed tile.
+
+    Args:
+        queries: Rotated.  [B, N, S, D]
+        keys: Rotated.  [B, N, S, D]
+        block_len: Tokens of a block; the last block may be shorter.
+        max_tile_values: Score values held at once, sets the rows of a tile.
+
+    Returns:
+        Probabilities, float32, NaN where no query of that part exists (`later` in the last block,
+        `earlier` in the first): an empty set has no salience, not salience 0.  [B, S, 3]
+    """
+    batch, heads, num_tokens, head_dim = queries.shape
+    best = queries.new_full((3, batch, heads, num_tokens), -torch.inf, dtype=torch.float32)
+    rows = max(1, max_tile_values // (batch * heads * num_tokens))
+    for start in range(0, num_tokens, block_len):
+        stop = min(start + block_len, num_tokens)
+        parts = ((0, slice(0, start)), (1, slice(start, stop)), (2, slice(stop, None)))
+        for first in range(start, stop, rows):
+            tile = queries[:, :, first : min(first + rows, stop)]
+            scores = (tile @ keys.transpose(-1, -2)).float() * head_dim**-0.5
+            scores -= scores.logsumexp(dim=-1, keepdim=True)
+            strongest = scores.amax(dim=2)  # [B, N, S]
+            for part, span in parts:
+                torch.maximum(
+                    best[part, ..., span], strongest[..., span], out=best[part, ..., span]
+                )
+    salience = best.exp().mean(dim=2).permute(1, 2, 0)  # [B, S, 3]
+    return salience.masked_fill(best.isneginf().all(dim=2).permute(1, 2, 0), torch.nan)
+
+
+def mask_short_future(targets: Tensor, block_len: int, horizon: int) -> Tensor:
+    """Drop `later` where a key has fewer than `horizon` later blocks.
+
+    The maximum over a set that shrinks with time falls by construction; keys that hardly have a
+    future would teach that the present is worthless.
+
+    Args:
+        targets: [..., S, 3]
+        block_len: Tokens of a block.
+        horizon: Later blocks a key must have.
+
+    Returns:
+        A copy with NaN in the dropped places.
+    """
+    targets = targets.clone()
+    num_tokens = targets.shape[-2]
+    kept = max(0, (num_tokens // block_len - horizon) * block_len)
+    targets[..., kept:, 0] = torch.nan
+    return targets
+
+
+class SalienceMLP(nn.Module):
+    """RMSNorm, Linear, SiLU, Linear: hidden state of one layer to three standardised parts."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.up = nn.Linear(width, hidden)
+        self.down = nn.Linear(hidden, len(PARTS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, S, E] to [B, S, 3], float32."""
+        return self.down(F.silu(self.up(self.norm(x.float()))))
+
+
+class SalienceHead(nn.Module):
+    """S-MLP of every layer, with the statistics that its targets were standardised by.
+
+    Args:
+        num_layers: Layers of the transformer.
+        width: Of its hidden states.
+        hidden: Hidden width of each S-MLP.
+        grid: Token (rows, columns) of a frame, for the mean target per place.
+        log: Whether targets are log probabilities (else raw probabilities).
+    """
+
+    mean: Tensor
+    std: Tensor
+    place: Tensor
+
+    def __init__(
+        self, *, num_layers: int, width: int, hidden: int, grid: tuple[int, int], log: bool = False
+    ) -> None:
+        super().__init__()
+        self.log = log
+        self.layers = nn.ModuleList(SalienceMLP(width, hidden) for _ in range(num_layers))
+        self.register_buffer("mean", torch.zeros(num_layers, len(PARTS)))
+        self.register_buffer("std", torch.ones(num_layers, len(PARTS)))
+        self.register_buffer("place", torch.zeros(num_layers, *grid, len(PARTS)))
+
+    def scaled(self, targets: Tensor) -> Tensor:
+        """Raw or log probability, as configured."""
+        return (targets + 1e-6).log() if self.log else targets
+
+    def fit_statistics(self, targets: Tensor) -> None:
+        """Set mean, spread and place means from targets of many clips.
+
+        Args:
+            targets: From `salience_targets`, NaN where undefined.  [L, B, F * rows * columns, 3]
+
+        Raises:
+            ValueError: If a layer has a part without a single defined target.
+        """
+        x = self.scaled(targets).double()
+        mean = x.nanmean(dim=(1, 2))
+        if mean.isnan().any():
+            raise ValueError(
+                "every part needs defined targets to standardise by; use clips of more blocks "
+                "than the future horizon"
+            )
+        std = (x - mean[:, None, None]).square().nanmean(dim=(1, 2)).sqrt().clamp(min=1e-8)
+        self.mean.copy_(mean)
+        self.std.copy_(std)
+        standard = (x - mean[:, None, None]) / std[:, None, None]
+        rows, columns = self.place.shape[1:3]
+        by_place = standard.unflatten(2, (-1, rows, columns))  # [L, B, F, rows, columns, 3]
+        self.place.copy_(by_place.nanmean(dim=(1, 2)))
+
+    def standardise(self, layer: int, targets: Tensor) -> Tensor:
+        """What the S-MLP of a layer should predict; NaN stays NaN.  [B, S, 3]"""
+        return (self.scaled(targets) - self.mean[layer]) / self.std[layer]
+
+    def predict(self, layer: int, hidden: Tensor) -> Tensor:
+        """Standardised parts from the layer's input in the clean pass.  [B, S, E] to [B, S, 3]"""
+        return self.layers[layer](hidden)
+
+    def place_means(self, layer: int, positions: Tensor) -> Tensor:
+        """Mean standardised target of each token's place.  [B, S, 3] to [B, S, 3]"""
+        return self.place[layer, positions[..., 1], positions[..., 2]]
+
+    def forward(self, hidden: list[Tensor]) -> list[Tensor]:
+        """Predictions of all layers."""
+        return [self.predict(layer, x) for layer, x in enumerate(hidden)]

@@ -1,0 +1,267 @@
+"""The Wan2.1 video transformer: teacher and critic (bidirectional), student (block-causal)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.attention import Attention, attend, grid_positions, rotary_angles, rotate
+
+if TYPE_CHECKING:
+    from models.kv_cache import KVCache
+
+# Called once per layer with (layer, hidden, queries, keys): the layer's input [B, S, E] and the
+# rotated queries and keys [B, N, S, D] of its self-attention.
+Capture = Callable[[int, Tensor, Tensor, Tensor], None]
+
+
+def timestep_embedding(timestep: Tensor, width: int) -> Tensor:
+    """Sinusoids of a timestep on the scale 0..1000, cosines first, computed in float64.
+
+    Args:
+        timestep: Any shape.  [...]
+        width: Size of the embedding, even.
+
+    Returns:
+        float32.  [..., width]
+    """
+    half = width // 2
+    exponent = torch.arange(half, dtype=torch.float64, device=timestep.device) / half
+    angles = timestep.double()[..., None] * 10000.0**-exponent
+    return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
+
+
+class Block(nn.Module):
+    """One layer: modulated self-attention, cross-attention to the text, modulated feed-forward."""
+
+    def __init__(self, num_heads: int, head_dim: int, ffn_dim: int, eps: float) -> None:
+        super().__init__()
+        width = num_heads * head_dim
+        self.eps = eps
+        self.self_attn = Attention(num_heads, head_dim, eps)
+        self.norm3 = nn.LayerNorm(width, eps)
+        self.cross_attn = Attention(num_heads, head_dim, eps)
+        self.ffn = nn.Sequential(
+            nn.Linear(width, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, width)
+        )
+        self.modulation = nn.Parameter(torch.randn(1, 6, width) / math.sqrt(width))
+
+    def split_modulation(self, time: Tensor) -> tuple[Tensor, ...]:
+        """Shift, scale, gate of attention, then of the feed-forward; each [B, F, 1, E], float32."""
+        return (self.modulation[:, None].float() + time.float()).chunk(6, dim=2)
+
+    def modulate(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """Layer norm without weights, then scale and shift per frame, in float32.  [B, S, E]"""
+        normed = F.layer_norm(x.float(), x.shape[-1:], eps=self.eps)
+        frames = normed.unflatten(1, (shift.shape[1], -1))  # [B, F, P, E]
+        return torch.addcmul(shift, frames, 1 + scale).flatten(1, 2).to(x.dtype)
+
+    def add_gated(self, x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
+        """x + gate * update, gate per frame, in float32.  [B, S, E]"""
+        frames = x.float().unflatten(1, (gate.shape[1], -1))
+        update = update.float().unflatten(1, (gate.shape[1], -1))
+        return torch.addcmul(frames, gate, update).flatten(1, 2).to(x.dtype)
+
+    def finish(
+        self, x: Tensor, attended: Tensor, text: Tensor, modulation: tuple[Tensor, ...]
+    ) -> Tensor:
+        """All that follows the self-attention of a layer.
+
+        Args:
+            x: The layer's input.  [B, S, E]
+            attended: Output of softmax attention before its projection.  [B, N, S, D]
+            text: Embedded caption.  [B, T, E]
+            modulation: From `split_modulation`.
+        """
+        x = self.add_gated(x, self.self_attn.merge(attended), modulation[2])
+        x = x + self.cross_attn(self.norm3(x), text)
+        update = self.ffn(self.modulate(x, modulation[3], modulation[4]))
+        return self.add_gated(x, update, modulation[5])
+
+
+class Head(nn.Module):
+    """Final modulated norm and projection of tokens to patches."""
+
+    def __init__(self, width: int, patch_values: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.head = nn.Linear(width, patch_values)
+        self.modulation = nn.Parameter(torch.randn(1, 2, width) / math.sqrt(width))
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """Patches of each token.
+
+        Args:
+            x: Tokens.  [B, S, E]
+            time: Time embedding of each frame.  [B, F, E]
+        """
+        shift, scale = (self.modulation[:, None].float() + time.float()[:, :, None]).chunk(2, 2)
+        normed = F.layer_norm(x.float(), x.shape[-1:], eps=self.eps)
+        frames = normed.unflatten(1, (time.shape[1], -1))
+        return self.head(torch.addcmul(shift, frames, 1 + scale).flatten(1, 2).to(x.dtype))
+
+
+class VideoTransformer(nn.Module):
+    """Velocity of video latents: Wan2.1's mathematics and parameter names, any size.
+
+    One class serves all roles. Without a mask or a cache it is bidirectional (teacher, critic);
+    with a mask it trains a block-causal student on whole videos; with a cache it generates block
+    by block. Every frame has a noise level of its own.
+
+    Args:
+        num_layers: Blocks.
+        num_heads: Attention heads.
+        head_dim: Channels of a head; the width is num_heads * head_dim.
+        ffn_dim: Hidden width of the feed-forward.
+        freq_dim: Width of the sinusoidal time embedding.
+        text_dim: Width of the text rows given.
+        in_channels: Channels of the latents.
+        out_channels: Channels of the velocity.
+        patch_size: Latent (frames, rows, columns) of a token; one frame per token.
+        rope_theta: Base of the rotary frequencies; 10000 in Wan2.1.
+        eps: Of every norm.
+
+    Source: Wan2.1 technical report, arXiv:2503.20314, section 4.2.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_heads: int,
+        head_dim: int,
+        ffn_dim: int,
+        freq_dim: int,
+        text_dim: int,
+        in_channels: int = 16,
+        out_channels: int = 16,
+        patch_size: tuple[int, int, int] = (1, 2, 2),
+        rope_theta: float = 10000.0,
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        width = num_heads * head_dim
+        self.num_layers, self.num_heads, self.head_dim = num_layers, num_heads, head_dim
+        self.width, self.freq_dim, self.rope_theta = width, freq_dim, rope_theta
+        self.out_channels = out_channels
+        self.patch_size = tuple(patch_size)
+        if self.patch_size[0] != 1:
+            raise ValueError(
+                f"a token must lie within one frame, got patch_size {self.patch_size}; "
+                "its first value must be 1"
+            )
+        self.patch_embedding = nn.Conv3d(
+            in_channels, width, kernel_size=self.patch_size, stride=self.patch_size
+        )
+        self.text_embedding = nn.Sequential(
+            nn.Linear(text_dim, width), nn.GELU(approximate="tanh"), nn.Linear(width, width)
+        )
+        self.time_embedding = nn.Sequential(
+            nn.Linear(freq_dim, width), nn.SiLU(), nn.Linear(width, width)
+        )
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.blocks = nn.ModuleList(
+            Block(num_heads, head_dim, ffn_dim, eps) for _ in range(num_layers)
+        )
+        self.head = Head(width, math.prod(self.patch_size) * out_channels, eps)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Wan2.1's initial weights: Xavier for linears, small normals for embeddings, zero output."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
+        for embedding in (self.text_embedding, self.time_embedding):
+            for module in embedding:
+                if isinstance(module, nn.Linear):
+                    nn.init.normal_(module.weight, std=0.02)
+        nn.init.zeros_(self.head.head.weight)
+
+    def token_grid(self, latents: Tensor) -> tuple[int, int]:
+        """Token rows and columns of a frame of these latents.
+
+        Raises:
+            ValueError: If a patch does not divide the latent size.
+        """
+        height, width = latents.shape[-2:]
+        rows, columns = self.patch_size[1:]
+        if height % rows or width % columns:
+            raise ValueError(
+                f"latent rows and columns must be multiples of the patch {(rows, columns)}, "
+                f"got {(height, width)}; resize the video or change model.patch_size"
+            )
+        return height // rows, width // columns
+
+    def embed_time(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """Time embedding [B, F, E] and modulation [B, F, 6, E] of noise levels [B, F]."""
+        sinusoid = timestep_embedding(1000 * sigma, self.freq_dim)
+        time = self.time_embedding(sinusoid.to(self.time_embedding[0].weight.dtype))
+        return time, self.time_projection(time).unflatten(-1, (6, -1))
+
+    def unpatchify(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Patches [B, F * h * w, patch values] to latents [B, F, C, H, W]."""
+        rows, columns = self.patch_size[1:]
+        x = patches.unflatten(-1, (rows, columns, self.out_channels))
+        x = x.unflatten(1, (-1, *grid))  # [B, F, h, w, rows, columns, C]
+        return x.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+
+    def forward(
+        self,
+        latents: Tensor,
+        sigma: Tensor,
+        text: Tensor,
+        *,
+        frames: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        write: bool = False,
+        capture: Capture | None = None,
+    ) -> Tensor:
+        """Velocity of every frame.
+
+        Args:
+            latents: Noisy latents.  [B, F, C, H, W]
+            sigma: Noise level of each frame.  [B, F]
+            text: Text rows, padded with zeros; all rows are attended.  [B, T, text_dim]
+            frames: Number of each frame in the video; 0, 1, ... if not given.  [F]
+            mask: Self-attention mask, see `attend`; excludes `cache`.
+            cache: Past of the video; its tokens are read before the tokens of this call.
+            write: Append this call's tokens to the cache (the clean pass of a finished block).
+            capture: See `Capture`.
+
+        Returns:
+            Estimate of noise - x0.  [B, F, C, H, W]
+        """
+        grid = self.token_grid(latents)
+        x = self.patch_embedding(latents.transpose(1, 2)).flatten(2).transpose(1, 2)  # [B, S, E]
+        time, modulation = self.embed_time(sigma)
+        text = self.text_embedding(text)
+        if frames is None:
+            frames = torch.arange(latents.shape[1], device=latents.device)
+        positions = grid_positions(frames, *grid)
+        if cache is not None:
+            cache.begin(frames, write=write)
+        shown = positions if cache is None else cache.time_of_read(positions)
+        angles = rotary_angles(shown, self.head_dim, self.rope_theta)
+        for layer, block in enumerate(self.blocks):
+            parts = block.split_modulation(modulation)
+            normed = block.modulate(x, parts[0], parts[1])
+            queries, raw_keys, values = block.self_attn.project(normed, normed)
+            queries, keys = rotate(queries, angles), rotate(raw_keys, angles)
+            if capture is not None:
+                capture(layer, x, queries, keys)
+            if cache is None:
+                attended = attend(queries, keys, values, mask=mask)
+            else:
+                attended = cache.attend(layer, queries, keys, values)
+                if write:
+                    cache.append(layer, raw_keys, values, positions=positions, hidden=x)
+            x = block.finish(x, attended, text, parts)
+        return self.unpatchify(self.head(x, time), grid)
