@@ -1,0 +1,1 @@
+"""Stages, engines, checkpoints and the loop around them."""

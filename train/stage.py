@@ -1,0 +1,241 @@
+"""The base of all stages: one LightningModule that trains networks through engines.
+
+A stage overrides `update`, and where it needs to `setup_stage`, `preview`, `extra_state` and
+`load_extra_state`. It counts its own steps: Lightning's `global_step` counts calls of optimisers.
+"""
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import fields, replace
+from typing import Any, ClassVar
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from configs.errors import ConfigError
+from configs.schema import StageConfig
+from train.checkpoint import Snapshot, capture
+from train.engine import Engine, EngineSpec
+from train.ranks import world_size
+from train.tracking import MetricWindow
+
+
+class Stage(L.LightningModule):
+    """Networks in training, frozen networks beside them, and one update per batch.
+
+    Attributes:
+        params_type: Dataclass that checks `StageConfig.params`.
+        frozen_roles: Inputs that are only read.
+        export_role: What the export of this stage is used as.
+        exported: File stem in the export to the name of a network.
+        restarts_at_snapshot: Whether checkpoints hold the last `mark_restart_point` and not the
+            present, for stages whose running state cannot be written down.
+        config: Of this stage.
+        seed: Of this stage; all its randomness follows from it and from the samples' own seeds.
+        params: The stage's own settings, a dataclass.
+        networks: Trainable networks by engine name.
+        frozen: Networks that are only read; in evaluation mode, without gradients.
+        engines: By name; there from the moment the strategy has been set up.
+        completed: Steps that are done.
+        counters: Whole numbers that a checkpoint keeps.
+        frames_per_block: Latent frames denoised together.
+        frame_seq_len: Tokens per latent frame.
+        metrics: What has been reported since the last row of metrics.
+    """
+
+    params_type: ClassVar[type]
+    frozen_roles: ClassVar[tuple[str, ...]] = ()
+    export_role: ClassVar[str] = "student"
+    exported: ClassVar[Mapping[str, str]] = {}
+    restarts_at_snapshot: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        config: StageConfig,
+        *,
+        seed: int,
+        networks: Mapping[str, nn.Module],
+        frozen: Mapping[str, nn.Module] | None = None,
+        params: Any = None,
+        frames_per_block: int = 1,
+        frame_seq_len: int = 1,
+    ) -> None:
+        super().__init__()
+        if set(config.optimizers) != set(networks):
+            raise ConfigError(
+                f"optimizers of a {config.kind!r} stage must name its trainable networks "
+                f"{sorted(networks)}, found {sorted(config.optimizers)}"
+            )
+        self.automatic_optimization = False
+        self.config = config
+        self.seed = seed
+        self.params = params
+        self.frames_per_block = frames_per_block
+        self.frame_seq_len = frame_seq_len
+        self.networks = nn.ModuleDict(dict(networks))
+        self.frozen = nn.ModuleDict(dict(frozen or {}))
+        self.frozen.requires_grad_(False).eval()
+        self.engines: dict[str, Engine] = {}
+        self.completed = 0
+        self.counters: dict[str, int] = {}
+        self.metrics = MetricWindow()
+        self.uses_bf16 = False
+        self.identity: dict[str, Any] = {}
+        """What a checkpoint must have in common with the run that continues it."""
+        self._restart_point: Snapshot | None = None
+        self._last_end: float | None = None
+        self.setup_stage()
+
+    @property
+    def block_len(self) -> int:
+        """Tokens of one block."""
+        return self.frames_per_block * self.frame_seq_len
+
+    def setup_stage(self) -> None:
+        """Give the stage's own attributes their first values."""
+        return
+
+    def sampler_sigmas(self) -> tuple[list[float], bool] | None:
+        """Noise levels of the exported network's sampler and whether it renoises, if it has one."""
+        return None
+
+    def engine_specs(self) -> dict[str, EngineSpec]:
+        """Every network of this stage by name; the frozen ones without settings."""
+        specs = {
+            name: EngineSpec(network, self.config.optimizers[name])
+            for name, network in self.networks.items()
+        }
+        return specs | {name: EngineSpec(network, None) for name, network in self.frozen.items()}
+
+    def engine(self, name: str) -> Engine:
+        """The engine of a trainable network."""
+        return self.engines[name]
+
+    def update(self, batch: Any, step: int) -> dict[str, float | Tensor]:
+        """Do step number `step` (from 0) on `batch`; return the terms to report, scalars.
+
+        The first key is the one that the progress bar shows.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define update(batch, step)")
+
+    def preview(self, batch: Any) -> Tensor | None:
+        """Latents to show as videos, made without gradients and with generators of its own.
+
+        Returns:
+            Latents [B, F, C, H, W], or None if this stage has nothing to show.
+        """
+        return None
+
+    def extra_state(self) -> dict[str, Tensor]:
+        """Tensors beyond engines and counters that this rank needs to continue exactly."""
+        return {}
+
+    def load_extra_state(self, state: dict[str, Tensor]) -> None:
+        """Bring back what `extra_state` returned."""
+        assert not state, f"{type(self).__name__} saves extra state, so it must load it"
+
+    def mark_restart_point(self) -> None:
+        """Copy the state of this moment, for stages with `restarts_at_snapshot`.
+
+        Called in `update`, before anything has changed.
+        """
+        self._restart_point = capture(self)
+
+    def snapshot(self) -> Snapshot:
+        """The state that a checkpoint made now shall hold."""
+        if self.restarts_at_snapshot and self._restart_point is not None:
+            return self._restart_point
+        return capture(self)
+
+    def lr(self, name: str, step: int) -> float:
+        """Learning rate of a network at step `step` (from 0): warm-up, then cosine or constant."""
+        settings = self.config.optimizers[name]
+        if step < settings.warmup:
+            return settings.lr * (step + 1) / settings.warmup
+        if settings.schedule == "constant":
+            return settings.lr
+        progress = (step - settings.warmup) / max(1, self.config.steps - settings.warmup)
+        cosine = (1 + math.cos(math.pi * min(1.0, progress))) / 2
+        return settings.lr * (settings.floor + (1 - settings.floor) * cosine)
+
+    def micro_batches(self, batch: Any) -> Iterator[Any]:
+        """`batch` in `config.accumulate` equal parts along its first axis."""
+        return split_batch(batch, self.config.accumulate)
+
+    def optimise(self, name: str, losses: Tensor | Iterable[Tensor]) -> dict[str, float]:
+        """Backward passes and one step of the engine `name`.
+
+        Args:
+            name: Of the engine.
+            losses: One scalar; or, to accumulate, a lazy iterable of exactly `config.accumulate`
+                scalars, each the mean over its micro-batch, of which each is computed only when
+                the graph before it is gone.
+
+        Returns:
+            What to report: `grad_norm/<name>`, the norm before clipping, and `lr/<name>`.
+        """
+        engine, count = self.engines[name], self.config.accumulate
+        if isinstance(losses, Tensor):
+            losses, count = (losses,), 1
+        done = 0
+        for loss in losses:
+            done += 1
+            engine.backward(loss / count if count > 1 else loss, last=done == count)
+        assert done == count, f"{name} needs {count} micro-batch losses, got {done}"
+        rate = self.lr(name, self.completed)
+        return {f"grad_norm/{name}": engine.step(rate), f"lr/{name}": rate}
+
+    def autocast(self) -> AbstractContextManager:
+        """Bfloat16 arithmetic if the run asks for it; weights stay float32."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.uses_bf16)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """One step: `update`, then the metrics; Lightning calls it."""
+        start = time.perf_counter()
+        waited = start - self._last_end if self._last_end is not None else 0.0
+        with self.autocast():
+            reported = self.update(batch, self.completed)
+        self.completed += 1
+        self._last_end = time.perf_counter()
+        samples = self.config.batch * self.config.accumulate * world_size()
+        clocks = {
+            "step_seconds": self._last_end - start,
+            "wait_seconds": waited,
+            "samples_per_second": samples / (self._last_end - start + waited),
+        }
+        values = {key: float(value) for key, value in reported.items()}
+        self.metrics.add(values | clocks)
+        if self.completed % self.config.log_every == 0 or self.completed == self.config.steps:
+            self._report_row()
+
+    def configure_optimizers(self) -> None:
+        """Nothing: the engines own the optimisers."""
+        return
+
+    def _report_row(self) -> None:
+        row = self.metrics.close()
+        for logger in self.trainer.loggers:
+            logger.log_metrics(row, step=self.completed)
+
+
+def split_batch(batch: Any, count: int) -> Iterator[Any]:
+    """A dataclass of tensors and lists in `count` equal parts along their first axis.
+
+    Raises:
+        ValueError: If the length of the first axis is no multiple of `count`.
+    """
+    if count == 1:
+        yield batch
+        return
+    values = {entry.name: getattr(batch, entry.name) for entry in fields(batch)}
+    size = len(next(iter(values.values())))
+    if size % count:
+        raise ValueError(f"a batch must hold a multiple of {count} samples, found {size}")
+    part = size // count
+    for start in range(0, size, part):
+        yield replace(
+            batch, **{name: value[start : start + part] for name, value in values.items()}
+        )
