@@ -1,0 +1,90 @@
+"""Checks of configuration values: single fields, pairs, and sections against each other."""
+
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from configs.errors import ConfigError
+
+if TYPE_CHECKING:
+    from configs.schema import RunConfig, StageConfig
+
+RESERVED_NAMES = ("data", "evaluate", "report", "wandb")
+"""Folders of a run that no stage may be called."""
+
+SECTION_KEYS = {"stage": "stages.*", "optim": "stages.*.optimizers.*", "world": "source.world"}
+"""Where a section stands in the config, unless under its own name."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `ConfigError` with `message` unless `condition` holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def require_choice(key: str, value: str, choices: Iterable[str]) -> None:
+    """Raise `ConfigError` unless `value` is one of `choices`."""
+    choices = list(choices)
+    require(value in choices, f"{key} must be one of {choices}, found {value!r}")
+
+
+def require_positive(section: object, *names: str) -> None:
+    """Raise `ConfigError` unless every field of `section` in `names` is above zero."""
+    for name in names:
+        value = getattr(section, name)
+        kind = type(section).__name__.removesuffix("Config").lower()
+        key = f"{SECTION_KEYS.get(kind, kind)}.{name}"
+        require(value > 0, f"{key} must be above 0, found {value}; set a larger value")
+
+
+def check_run(config: "RunConfig") -> None:
+    """Raise `ConfigError` if two sections of a run contradict each other."""
+    require(
+        re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.name) is not None,
+        f"name must be a folder name of letters, digits, '.', '_' and '-', found {config.name!r}",
+    )
+    _check_sizes(config)
+    earlier: list[str] = []
+    for name, stage in config.stages.items():
+        _check_stage(name, stage, earlier, config)
+        earlier.append(name)
+    for name in config.evaluate.stages:
+        require_choice("evaluate.stages", name, config.stages)
+
+
+def _check_sizes(config: "RunConfig") -> None:
+    channels, text_dim = config.model.in_channels, config.model.text_dim
+    require(
+        channels == config.codec.channels,
+        f"model.in_channels must be codec.channels={config.codec.channels}, found {channels}",
+    )
+    require(
+        text_dim == config.text.dim,
+        f"model.text_dim must be text.dim={config.text.dim}, found {text_dim}",
+    )
+    for pixels, patch in zip(config.source.size, config.model.patch_size[1:], strict=True):
+        require(
+            pixels % (config.codec.stride * patch) == 0,
+            f"source.size={config.source.size} must be multiples of codec.stride x "
+            f"model.patch_size = {config.codec.stride * patch} pixels, found {pixels}",
+        )
+
+
+def _check_stage(name: str, stage: "StageConfig", earlier: list[str], config: "RunConfig") -> None:
+    key = f"stages.{name}"
+    require(
+        re.fullmatch(r"[a-z][a-z0-9_]*", name) is not None and name not in RESERVED_NAMES,
+        f"{key}: a stage name must be a word of lower-case letters, digits and '_', and none of "
+        f"{list(RESERVED_NAMES)}, which are folders of the run; rename it",
+    )
+    require(
+        config.codec.name != "transform" or stage.frames <= config.source.frames,
+        f"{key}.frames must not be above source.frames={config.source.frames}, "
+        f"found {stage.frames}; cut longer clips or train on shorter ones",
+    )
+    for role, origin in stage.inputs.items():
+        require(
+            origin in earlier or "/" in origin,
+            f"{key}.inputs.{role} must be an earlier stage of the plan, one of {earlier}, or the "
+            f"path of an export (with a '/'), found {origin!r}",
+        )

@@ -1,0 +1,1 @@
+"""From videos to latent shards to batches, and the built-in world."""

@@ -1,0 +1,1 @@
+"""The composition root and the command line; nothing imports this package."""
