@@ -32,8 +32,8 @@ class WorldConfig:
         require_positive(self, "clips", "frames", "identities", "fps")
         require(
             self.period == 2 * self.identities,
-            f"source.world.period must be 2 x source.world.identities = {2 * self.identities} frames "
-            f"(each gondola shows for two), found {self.period}; change one of the two",
+            "source.world.period must be 2 x source.world.identities (each gondola shows for two "
+            f"frames) = {2 * self.identities}, found {self.period}; change one of the two",
         )
         require(
             0 <= self.decoys <= 1,
