@@ -1,6 +1,7 @@
 """Rotary positions over (frame, row, column), self- and cross-attention of Wan2.1, causal masks."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +71,21 @@ def block_causal_mask(num_blocks: int, block_len: int) -> Tensor:
     return block[:, None] >= block[None, :]
 
 
+@dataclass
+class QueryGroup:
+    """Queries that share a range of keys: a sparse mask is a list of these.
+
+    Attributes:
+        queries: Pieces of the token axis, in order of the tokens.
+        keys: Pieces of the token axis that any of the queries may read.
+        mask: True where a query of the group may read a key of the group.  [B, 1, Q, K]
+    """
+
+    queries: list[slice]
+    keys: list[slice]
+    mask: Tensor
+
+
 def teacher_forcing_mask(visible: Tensor, block_len: int) -> Tensor:
     """Mask of the sequence [clean | noisy] that trains all blocks of a video in one pass.
 
@@ -92,6 +108,35 @@ def teacher_forcing_mask(visible: Tensor, block_len: int) -> Tensor:
     mask[:, num_tokens:, :num_tokens] = (age > 0) & visible
     mask[:, num_tokens:, num_tokens:] = age == 0
     return mask[:, None]
+
+
+def group_teacher_forcing(mask: Tensor, block_len: int, num_groups: int) -> list[QueryGroup]:
+    """The same mask without the keys that no query may read.
+
+    The video is cut into `num_groups` spans of whole blocks. The clean and noisy queries of a span
+    read the clean tokens up to its end and its own noisy tokens: with many spans a quarter of the
+    full square.
+
+    Args:
+        mask: From `teacher_forcing_mask`.  [B, 1, 2 S, 2 S]
+        block_len: Tokens of a block.
+        num_groups: Spans, at most the number of blocks.
+    """
+    num_tokens = mask.shape[-1] // 2
+    num_blocks = num_tokens // block_len
+    bounds = [num_blocks * i // num_groups * block_len for i in range(num_groups + 1)]
+    groups = []
+    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+        noisy = slice(num_tokens + start, num_tokens + stop)
+        queries, keys = [slice(start, stop), noisy], [slice(0, stop), noisy]
+        rows = take(mask, queries, dim=2)
+        groups.append(QueryGroup(queries, keys, take(rows, keys, dim=3)))
+    return groups
+
+
+def take(x: Tensor, pieces: list[slice], *, dim: int) -> Tensor:
+    """The pieces of one axis, joined."""
+    return torch.cat([x.narrow(dim, p.start, p.stop - p.start) for p in pieces], dim=dim)
 
 
 class RMSNorm(nn.Module):
@@ -150,7 +195,7 @@ def attend(
     keys: Tensor,
     values: Tensor,
     *,
-    mask: Tensor | None = None,
+    mask: Tensor | list[QueryGroup] | None = None,
     observe: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Softmax attention; with `observe`, the probabilities are made and handed over, without grad.
@@ -159,14 +204,38 @@ def attend(
         queries: [B, N, Q, D]
         keys: [B, N, S, D]
         values: [B, N, S, D]
-        mask: True where a query may read a key, broadcastable to [B, N, Q, S].
+        mask: Added to the scores, broadcastable to [B, N, Q, S]; or groups with such masks.
         observe: Called with the probabilities.  [B, N, Q, S]
     """
+    if isinstance(mask, list):
+        return _attend_in_groups(queries, keys, values, mask)
     if observe is None:
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
     scores = queries @ keys.transpose(-1, -2) * queries.shape[-1] ** -0.5
     if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
+        scores = scores + mask
     probabilities = scores.softmax(dim=-1)
     observe(probabilities.detach())
     return probabilities @ values
+
+
+def _attend_in_groups(
+    queries: Tensor, keys: Tensor, values: Tensor, groups: list[QueryGroup]
+) -> Tensor:
+    pieces: list[tuple[int, Tensor]] = []
+    for group in groups:
+        attended = F.scaled_dot_product_attention(
+            take(queries, group.queries, dim=2),
+            take(keys, group.keys, dim=2),
+            take(values, group.keys, dim=2),
+            attn_mask=group.mask,
+        )
+        sizes = [piece.stop - piece.start for piece in group.queries]
+        starts = [piece.start for piece in group.queries]
+        pieces.extend(zip(starts, attended.split(sizes, dim=2), strict=True))
+    return torch.cat([piece for _, piece in sorted(pieces, key=lambda pair: pair[0])], dim=2)
+
+
+def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where a query may read a key, minus infinity elsewhere."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)

@@ -123,6 +123,22 @@ class KVCache:
         held = [t for t in self.layers if t is not None]
         return sum(x.numel() * x.element_size() for t in held for x in (t.keys, t.values))
 
+    def clear(self) -> None:
+        """Forget everything; the next block is frame 0."""
+        self.layers = [None] * len(self.layers)
+        self._rotated = [None] * len(self.layers)
+        self.num_frames = 0
+
+    def skip_to(self, frame: int) -> None:
+        """Let the next block start at a later frame; the frames between are never seen.
+
+        Raises:
+            ValueError: If the frame lies in the past.
+        """
+        if frame < self.num_frames:
+            raise ValueError(f"cannot go back from frame {self.num_frames} to {frame}")
+        self.num_frames = frame
+
     def begin(self, frames: Tensor, *, write: bool) -> None:
         """Announce the frames of the coming forward pass; rotates the cached keys once per block.
 

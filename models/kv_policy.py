@@ -83,7 +83,7 @@ def hash_uniform(seeds: Tensor, *integers: Tensor | int) -> Tensor:
     """
     state = seeds
     for integer in integers:
-        state = _mix(state + _GOLDEN * (integer + 1))
+        state = _mix(state + torch.as_tensor(integer, device=seeds.device).add(1) * _GOLDEN)
     return (state & ((1 << 53) - 1)).double().mul(2.0**-53).float().clamp(max=1 - 2**-24)
 
 

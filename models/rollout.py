@@ -125,6 +125,37 @@ def refresh(student: VideoTransformer, text: Tensor, block: Tensor, *, cache: KV
 
 
 @torch.no_grad()
+def recache(
+    student: VideoTransformer, text: Tensor, history: Tensor, *, cache: KVCache, sink: Tensor
+) -> None:
+    """Rebuild the past of a video under a new prompt, after LongLive's KV re-cache.
+
+    Every cached key has seen the old prompt. The cache is emptied; the sink frames and the last
+    frames of the video are read again, block by block, with their own frame numbers and the
+    policy's eviction. What was kept from between them is forgotten: single tokens of a frame
+    cannot be computed again.
+
+    Args:
+        student: As in `denoise_block`.
+        text: The new prompt.  [B, T, text_dim]
+        history: Last frames of the video, whole blocks.  [B, F, C, H, W]
+        cache: Of the video; its frame counter stands after `history`.
+        sink: First frames of the video, whole blocks.  [B, F, C, H, W]
+
+    Source: LongLive, arXiv:2509.22622, section 3.2; keeping the sink is our choice.
+    """
+    size, end = cache.spec.frames_per_block, cache.num_frames
+    start = end - history.shape[1]
+    cache.clear()
+    if start > 0:
+        for block in sink[:, :start].split(size, dim=1):
+            refresh(student, text, block, cache=cache)
+    cache.skip_to(start)
+    for block in history.split(size, dim=1):
+        refresh(student, text, block, cache=cache)
+
+
+@torch.no_grad()
 def generate_blocks(
     student: VideoTransformer,
     text: Tensor,

@@ -9,6 +9,8 @@ Source: PaFu-KV, arXiv:2601.21896 (s_low, s_diag, s_up). Streaming, standardisat
 the head are ours.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -158,3 +160,38 @@ class SalienceHead(nn.Module):
     def forward(self, hidden: list[Tensor]) -> list[Tensor]:
         """Predictions of all layers."""
         return [self.predict(layer, x) for layer, x in enumerate(hidden)]
+
+
+@dataclass
+class HeadScore:
+    """Agreement of a head with its targets for one part, means over samples.
+
+    Attributes:
+        spearman: Rank correlation over the tokens of a video, in [-1, 1].
+        recall: Share of the truly most salient tokens that are among as many predicted ones.
+    """
+
+    spearman: float
+    recall: float
+
+
+def head_scores(predicted: Tensor, target: Tensor, budget_share: float) -> list[HeadScore]:
+    """Spearman and recall@budget of one layer for each part, over its defined tokens.
+
+    Args:
+        predicted: [B, S, 3]
+        target: NaN where undefined, alike in all samples.  [B, S, 3]
+        budget_share: Share of the defined tokens that a cache could keep.
+    """
+    scores = []
+    for part in range(target.shape[-1]):
+        defined = ~target[..., part].isnan().any(dim=0)
+        p, t = predicted[:, defined, part].float(), target[:, defined, part].float()
+        ranks = [x.argsort(dim=1).argsort(dim=1).double() for x in (p, t)]
+        a, b = (rank - rank.mean(dim=1, keepdim=True) for rank in ranks)
+        spearman = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)).clamp(min=1e-12)
+        count = max(1, round(budget_share * p.shape[1]))
+        chosen = [torch.zeros_like(x).scatter(1, x.topk(count).indices, 1.0) for x in (p, t)]
+        recall = (chosen[0] * chosen[1]).sum(1) / count
+        scores.append(HeadScore(float(spearman.mean()), float(recall.mean())))
+    return scores

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import Attention, attend, grid_positions, rotary_angles, rotate
+from models.attention import (
+    Attention,
+    QueryGroup,
+    additive_mask,
+    attend,
+    grid_positions,
+    rotary_angles,
+    rotate,
+)
 
 if TYPE_CHECKING:
     from models.kv_cache import KVCache
@@ -212,6 +221,15 @@ class VideoTransformer(nn.Module):
         x = x.unflatten(1, (-1, *grid))  # [B, F, h, w, rows, columns, C]
         return x.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
 
+    @staticmethod
+    def _additive(
+        mask: Tensor | list[QueryGroup] | None, dtype: torch.dtype
+    ) -> Tensor | list[QueryGroup] | None:
+        """Masks as attention adds them: made once, not in every layer."""
+        if isinstance(mask, list):
+            return [replace(group, mask=additive_mask(group.mask, dtype)) for group in mask]
+        return None if mask is None else additive_mask(mask, dtype)
+
     def forward(
         self,
         latents: Tensor,
@@ -219,7 +237,7 @@ class VideoTransformer(nn.Module):
         text: Tensor,
         *,
         frames: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: Tensor | list[QueryGroup] | None = None,
         cache: KVCache | None = None,
         write: bool = False,
         capture: Capture | None = None,
@@ -231,7 +249,7 @@ class VideoTransformer(nn.Module):
             sigma: Noise level of each frame.  [B, F]
             text: Text rows, padded with zeros; all rows are attended.  [B, T, text_dim]
             frames: Number of each frame in the video; 0, 1, ... if not given.  [F]
-            mask: Self-attention mask, see `attend`; excludes `cache`.
+            mask: True where a query may read a key, or groups; excludes `cache`.  [B, 1, S, S]
             cache: Past of the video; its tokens are read before the tokens of this call.
             write: Append this call's tokens to the cache (the clean pass of a finished block).
             capture: See `Capture`.
@@ -248,6 +266,7 @@ class VideoTransformer(nn.Module):
         positions = grid_positions(frames, *grid)
         if cache is not None:
             cache.begin(frames, write=write)
+        mask = self._additive(mask, x.dtype)
         shown = positions if cache is None else cache.time_of_read(positions)
         angles = rotary_angles(shown, self.head_dim, self.rope_theta)
         for layer, block in enumerate(self.blocks):

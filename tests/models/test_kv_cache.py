@@ -1,0 +1,258 @@
+"""Contract of the cache over every policy in the registry, and the visible sets of known ones."""
+
+import pytest
+import torch
+
+from models.kv_cache import CacheSpec, KVCache
+from models.kv_policy import POLICIES, build_policy, hash_uniform
+from models.rollout import NoiseSource, Sampler, generate_blocks, make_cache, recache, refresh
+from models.salience import SalienceHead
+from models.transformer import VideoTransformer
+
+SINK, RECENT, BLOCK, PLACES = 1, 2, 2, 6
+SAMPLER = Sampler([1.0, 0.5, 0.0])
+
+
+def student(dtype=torch.float32) -> VideoTransformer:
+    torch.manual_seed(0)
+    network = VideoTransformer(
+        num_layers=2,
+        num_heads=2,
+        head_dim=12,
+        ffn_dim=32,
+        freq_dim=16,
+        text_dim=8,
+        patch_size=(1, 1, 1),
+    )
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return network.eval().to(dtype)
+
+
+def head() -> SalienceHead:
+    torch.manual_seed(1)
+    made = SalienceHead(num_layers=2, width=24, hidden=8, grid=(2, 3))
+    made.place.normal_()
+    return made
+
+
+def new_cache(network, policy="salience", *, budget=36, seeds=(5, 6), **spec) -> KVCache:
+    return make_cache(
+        network,
+        spec=CacheSpec(
+            budget_tokens=budget,
+            tokens_per_frame=PLACES,
+            frames_per_block=BLOCK,
+            sink_frames=SINK,
+            recent_frames=RECENT,
+            **spec,
+        ),
+        policy=build_policy(policy),
+        seeds=torch.tensor(seeds),
+        sampler=SAMPLER,
+        head=head(),
+    )
+
+
+def roll(network, cache, num_frames, *, dtype=torch.float32, prefix=None) -> torch.Tensor:
+    seeds = cache.seeds
+    text = torch.stack(
+        [torch.randn(3, 8, generator=torch.Generator().manual_seed(int(s))) for s in seeds]
+    )
+    blocks = generate_blocks(
+        network,
+        text.to(dtype),
+        cache=cache,
+        noise=TypedNoise(seeds, dtype),
+        num_frames=num_frames,
+        latent_shape=(16, 2, 3),
+        sampler=SAMPLER,
+        prefix=prefix,
+    )
+    return torch.cat(list(blocks), dim=1)
+
+
+class TypedNoise(NoiseSource):
+    def __init__(self, seeds, dtype):
+        super().__init__(seeds)
+        self.dtype = dtype
+
+    def draw(self, shape):
+        return super().draw(shape).to(self.dtype)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_budget_order_in_time_and_protection_hold_for_every_policy(policy):
+    network, previous = student(), None
+    cache = new_cache(network, policy)
+    for block in range(12):
+        refresh(network, torch.zeros(2, 3, 8), torch.randn(2, BLOCK, 16, 2, 3), cache=cache)
+        newest = (block + 1) * BLOCK - 1
+        for layer in cache.layers:
+            positions = layer.positions
+            held = positions.shape[1]
+            expected = (newest + 1) * PLACES
+            assert held == (min(36, expected) if cache.policy.is_bounded else expected)
+            slot = positions[..., 0] * PLACES + positions[..., 1] * 3 + positions[..., 2]
+            assert (slot.diff(dim=1) > 0).all(), "tokens must stay in order of time, none twice"
+            for sample in positions[..., 0]:
+                assert (sample > newest - RECENT).sum() == RECENT * PLACES
+                if cache.policy.protects_sink:
+                    assert (sample < SINK).sum() == SINK * PLACES
+        if previous is not None:
+            for before, now in zip(previous, cache.layers, strict=True):
+                old = {tuple(p) for p in before.positions[0].tolist()}
+                kept = {tuple(p) for p in now.positions[0].tolist() if p[0] <= newest - BLOCK}
+                assert kept <= old, "an evicted token must not come back"
+        previous = list(cache.layers)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_batch_of_two_gives_what_two_batches_of_one_give(policy):
+    network = student(torch.float64)
+    both = roll(network, cache := new_cache(network, policy), 16, dtype=torch.float64)
+    for index, seed in enumerate((5, 6)):
+        alone = new_cache(network, policy, seeds=(seed,))
+        video = roll(network, alone, 16, dtype=torch.float64)
+        torch.testing.assert_close(video[0], both[index], rtol=1e-5, atol=1e-5)
+        for one, two in zip(alone.layers, cache.layers, strict=True):
+            assert torch.equal(one.positions[0], two.positions[index])
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_same_seeds_give_the_same_video_and_bf16_stays_finite(policy):
+    network = student()
+    first = roll(network, new_cache(network, policy), 12)
+    assert torch.equal(first, roll(network, new_cache(network, policy), 12))
+    half = student(torch.bfloat16)
+    assert roll(half, new_cache(half, policy), 12, dtype=torch.bfloat16).isfinite().all()
+
+
+@pytest.mark.parametrize("time", ["absolute", "relative"])
+def test_more_than_1024_frames(time):
+    network = student()
+    cache = new_cache(network, time=time, max_lag=11)
+    assert roll(network, cache, 1030).isfinite().all()
+    assert cache.num_tokens == 36
+    assert cache.num_frames == 1030
+
+
+def test_fifo_and_sink_window_keep_what_their_names_say():
+    network = student()
+    for policy, expected in (("fifo", {14, 15, 16, 17, 18, 19}), ("sink_window", {0, 15, 16, 17, 18, 19})):
+        cache = new_cache(network, policy)
+        roll(network, cache, 20)
+        assert set(cache.layers[0].positions[0, :, 0].tolist()) == expected
+
+
+def test_random_lots_for_life_and_redrawn_differ_but_both_follow_the_seed():
+    network = student()
+    kept = {}
+    for redraw in (True, False):
+        cache = new_cache(network, "random")
+        cache.policy.redraw = redraw
+        roll(network, cache, 30)
+        kept[redraw] = cache.layers[0].positions
+    assert not torch.equal(kept[True], kept[False])
+    assert not torch.equal(kept[True][0], kept[True][1])
+
+
+def test_hashed_lots_are_uniform():
+    lots = hash_uniform(torch.arange(8)[:, None], torch.arange(20_000)[None], 3)
+    assert lots.min() >= 0
+    assert lots.max() < 1
+    # Standard error of the mean of 20,000 uniforms is 0.002; five of them.
+    assert (lots.mean(1) - 0.5).abs().max() < 0.01
+    assert (lots.var(1) - 1 / 12).abs().max() < 0.005
+    assert len(lots.unique()) > 0.99 * lots.numel()
+
+
+def test_attention_mass_counts_what_a_dense_softmax_counts():
+    network = student()
+    cache = new_cache(network, "attention_mass", budget=1000)
+    text = torch.zeros(2, 3, 8)
+    first, second = torch.randn(2, 2, BLOCK, 16, 2, 3).unbind(0)
+    refresh(network, text, first, cache=cache)
+    read: list[torch.Tensor] = []
+    everything = torch.cat([first, second], dim=1)
+    block = torch.arange(24) // 12
+    network(
+        everything,
+        torch.zeros(2, 4),
+        text,
+        mask=block[:, None] >= block[None],
+        capture=lambda layer, hidden, q, k: read.append(
+            (q[:, :, 12:] @ k.transpose(-1, -2) * 12**-0.5).softmax(-1)[..., :12]
+        ),
+    )
+    refresh(network, text, second, cache=cache)
+    for layer, probabilities in enumerate(read):
+        expected = probabilities.sum(2).mean(1) / (SAMPLER.num_steps + 1)
+        got = cache.layers[layer].features[:, :12, 0]
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_relative_time_equals_absolute_within_the_trained_range_and_saturates_beyond():
+    network = student()
+    absolute = roll(network, new_cache(network), 12)
+    relative = roll(network, new_cache(network, time="relative", max_lag=11), 12)
+    assert torch.equal(absolute, relative)
+    cache = new_cache(network, time="relative", max_lag=11)
+    roll(network, cache, 40)
+    cache.begin(torch.tensor([40, 41]), write=False)
+    positions = torch.tensor([[[0, 0, 0], [3, 0, 0], [32, 0, 0], [41, 1, 2]]])
+    assert cache.time_of_read(positions).tolist() == [[[0, 0, 0], [0, 0, 0], [2, 0, 0], [11, 1, 2]]]
+
+
+def test_no_gradient_crosses_a_block_through_the_cache():
+    network = student()
+    cache = new_cache(network, "full")
+    first = torch.randn(2, BLOCK, 16, 2, 3, requires_grad=True)
+    frames = torch.arange(BLOCK)
+    network(first, torch.zeros(2, 2), torch.zeros(2, 3, 8), frames=frames, cache=cache, write=True)
+    second = torch.randn(2, BLOCK, 16, 2, 3, requires_grad=True)
+    network(
+        second, torch.zeros(2, 2), torch.zeros(2, 3, 8), frames=frames + BLOCK, cache=cache
+    ).sum().backward()
+    assert second.grad.abs().sum() > 0
+    assert first.grad is None
+
+
+def test_recache_forgets_the_old_prompt():
+    network = student()
+    video = torch.randn(2, 12, 16, 2, 3)
+    old, new = torch.randn(2, 2, 3, 8).unbind(0)
+    caches = []
+    for before in (old, new):  # the prompt under which the frames were first read
+        cache = new_cache(network)
+        for block in video.split(BLOCK, dim=1):
+            refresh(network, before, block, cache=cache)
+        recache(network, new, video[:, -4:], cache=cache, sink=video[:, :2])
+        caches.append(cache)
+    assert caches[0].num_frames == 12
+    assert set(caches[0].layers[0].positions[0, :, 0].tolist()) == {0, 1, 8, 9, 10, 11}
+    for a, b in zip(caches[0].layers, caches[1].layers, strict=True):
+        assert torch.equal(a.values, b.values)
+
+
+def test_bad_settings_are_refused_with_what_to_do():
+    network = student()
+    with pytest.raises(ValueError, match="must hold sink and recent frames"):
+        new_cache(network, budget=10)
+    with pytest.raises(ValueError, match="choose one of"):
+        build_policy("salient")
+    with pytest.raises(ValueError, match="did you mean 'age_weight'"):
+        build_policy("salience", {"age_weigth": 1})
+    with pytest.raises(ValueError, match="needs a salience head"):
+        make_cache(
+            network,
+            spec=CacheSpec(36, PLACES, BLOCK),
+            policy=build_policy("salience"),
+            seeds=torch.arange(2),
+            sampler=SAMPLER,
+        )
+    cache = new_cache(network)
+    with pytest.raises(ValueError, match="must start at frame 0"):
+        cache.begin(torch.tensor([2, 3]), write=False)
+    with pytest.raises(ValueError, match="whole blocks"):
+        roll(network, cache, 8, prefix=torch.randn(2, 3, 16, 2, 3))

@@ -1,0 +1,209 @@
+"""The transformer against diffusers' Wan, and its masks and caches against each other."""
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+
+from models.attention import (
+    block_causal_mask,
+    group_teacher_forcing,
+    rotary_angles,
+    rotate,
+    rotary_axis_sizes,
+    teacher_forcing_mask,
+)
+from models.kv_cache import CacheSpec
+from models.kv_policy import build_policy
+from models.rollout import Sampler, make_cache
+from models.transformer import VideoTransformer
+
+SIZES = {"num_layers": 2, "num_heads": 2, "head_dim": 12, "ffn_dim": 48, "freq_dim": 32}
+RENAMES = (  # ours, which are Wan's native names, to diffusers'; order matters
+    ("text_embedding.0", "condition_embedder.text_embedder.linear_1"),
+    ("text_embedding.2", "condition_embedder.text_embedder.linear_2"),
+    ("time_embedding.0", "condition_embedder.time_embedder.linear_1"),
+    ("time_embedding.2", "condition_embedder.time_embedder.linear_2"),
+    ("time_projection.1", "condition_embedder.time_proj"),
+    ("head.head", "proj_out"),
+    ("head.modulation", "scale_shift_table"),
+    ("modulation", "scale_shift_table"),
+    ("norm3", "norm2"),
+    ("self_attn", "attn1"),
+    ("cross_attn", "attn2"),
+    (".q.", ".to_q."),
+    (".k.", ".to_k."),
+    (".v.", ".to_v."),
+    (".o.", ".to_out.0."),
+    ("ffn.0", "ffn.net.0.proj"),
+    ("ffn.2", "ffn.net.2"),
+)
+
+
+def diffusers_name(name: str) -> str:
+    for ours, theirs in RENAMES:
+        name = name.replace(ours, theirs)
+    return name
+
+
+def make(**changes) -> VideoTransformer:
+    torch.manual_seed(0)
+    network = VideoTransformer(**(SIZES | {"text_dim": 20, "patch_size": (1, 1, 1)} | changes))
+    for parameter in network.parameters():  # the output layer starts at zero: nothing to compare
+        torch.nn.init.normal_(parameter, std=0.2)
+    return network.eval()
+
+
+@pytest.mark.parametrize(("frames", "height", "width"), [(1, 4, 6), (5, 8, 12), (3, 2, 2)])
+def test_equals_diffusers_on_the_same_weights_with_gradients(frames, height, width):
+    torch.manual_seed(1)
+    reference = WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=16,
+        out_channels=16,
+        text_dim=20,
+        freq_dim=32,
+        ffn_dim=48,
+        num_layers=2,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=64,
+    )
+    for parameter in reference.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    network = make(patch_size=(1, 2, 2), rope_theta=10000.0)
+    weights = reference.state_dict()
+    assert len(weights) == len(network.state_dict())
+    network.load_state_dict({k: weights[diffusers_name(k)] for k in network.state_dict()})
+    latents, text = torch.randn(2, frames, 16, height, width), torch.randn(2, 7, 20)
+    sigma = torch.tensor([0.13, 0.87])
+    ours = network(latents, sigma[:, None].expand(2, frames), text)
+    theirs = reference(
+        hidden_states=latents.transpose(1, 2),
+        timestep=1000 * sigma,
+        encoder_hidden_states=text,
+        return_dict=False,
+    )[0].transpose(1, 2)
+    # Same float32 sums in another order: 1e-5 of the largest value.
+    scale = theirs.abs().max()
+    assert (ours - theirs).abs().max() <= 1e-5 * scale
+    ours.square().mean().backward()
+    theirs.square().mean().backward()
+    theirs_grad = dict(reference.named_parameters())
+    for name, parameter in network.named_parameters():
+        other = theirs_grad[diffusers_name(name)].grad
+        assert (parameter.grad - other).abs().max() <= 1e-4 * other.abs().max() + 1e-7, name
+
+
+def test_axes_of_the_heads_are_wans():
+    assert rotary_axis_sizes(128) == (44, 42, 42)
+
+
+def test_rotation_depends_on_lag_only_and_has_no_longest_video():
+    torch.manual_seed(0)
+    query, key = torch.randn(1, 1, 1, 24), torch.randn(1, 1, 1, 24)
+
+    def score(frame: int, other: int) -> torch.Tensor:
+        places = torch.tensor([[frame, 1, 2]]), torch.tensor([[other, 0, 1]])
+        q, k = (rotate(x, rotary_angles(p, 24, 1e4)) for x, p in zip((query, key), places))
+        return (q * k).sum()
+
+    torch.testing.assert_close(score(3, 1), score(100_003, 100_001), rtol=1e-4, atol=1e-4)
+    assert abs(score(3, 1) - score(3, 0)) > 1e-3
+
+
+def nested_loops(num_blocks: int, block_len: int, visible: torch.Tensor) -> torch.Tensor:
+    size = num_blocks * block_len
+    mask = torch.zeros(2 * size, 2 * size, dtype=torch.bool)
+    for q in range(size):
+        for k in range(size):
+            bq, bk = q // block_len, k // block_len
+            mask[q, k] = bk == bq or (bk < bq and visible[q, k])
+            mask[size + q, k] = bk < bq and visible[q, k]
+            mask[size + q, size + k] = bk == bq
+    return mask
+
+
+def test_teacher_forcing_mask_equals_two_nested_loops():
+    visible = torch.rand(12, 12, generator=torch.Generator().manual_seed(0)) < 0.5
+    mask = teacher_forcing_mask(visible[None], 3)
+    assert torch.equal(mask[0, 0], nested_loops(4, 3, visible))
+
+
+@pytest.mark.parametrize("num_groups", [1, 2, 3, 5])
+def test_grouped_mask_equals_the_dense_one(num_groups):
+    network = make()
+    latents, text = torch.randn(2, 20, 16, 2, 3), torch.randn(2, 4, 20)
+    sigma = torch.rand(2, 20)
+    visible = torch.rand(2, 60, 60) < 0.5
+    mask = teacher_forcing_mask(visible, 12)
+    frames = torch.arange(10).repeat(2)
+    dense = network(latents, sigma, text, frames=frames, mask=mask)
+    groups = group_teacher_forcing(mask, 12, num_groups)
+    grouped = network(latents, sigma, text, frames=frames, mask=groups)
+    torch.testing.assert_close(grouped, dense, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_frames", [2, 6, 14])
+def test_block_by_block_with_unbounded_cache_equals_one_causal_pass(num_frames):
+    network = make()
+    latents, text = torch.randn(2, num_frames, 16, 2, 3), torch.randn(2, 4, 20)
+    sigma = torch.rand(2, num_frames)
+    mask = block_causal_mask(num_frames // 2, 12)
+    cache = make_cache(
+        network,
+        spec=CacheSpec(budget_tokens=1, tokens_per_frame=6, frames_per_block=2),
+        policy=build_policy("full"),
+        seeds=torch.arange(2),
+        sampler=Sampler([1.0, 0.0]),
+    )
+    with torch.no_grad():
+        blocks = [
+            network(
+                latents[:, f : f + 2],
+                sigma[:, f : f + 2],
+                text,
+                frames=torch.arange(f, f + 2),
+                cache=cache,
+                write=True,
+            )
+            for f in range(0, num_frames, 2)
+        ]
+        whole = network(latents, sigma, text, mask=mask)
+    torch.testing.assert_close(torch.cat(blocks, dim=1), whole, rtol=1e-5, atol=1e-5)
+    if num_frames == 2:  # one block: the student is the bidirectional model
+        torch.testing.assert_close(whole, network(latents, sigma, text), rtol=1e-5, atol=1e-5)
+
+
+def test_noisy_half_equals_cached_denoising_of_every_block():
+    network = make()
+    clean, noisy = torch.randn(1, 6, 16, 2, 3), torch.randn(1, 6, 16, 2, 3)
+    text, sigma = torch.randn(1, 4, 20), torch.rand(1, 6)
+    everything = torch.ones(1, 36, 36, dtype=torch.bool)
+    cache = make_cache(
+        network,
+        spec=CacheSpec(budget_tokens=1, tokens_per_frame=6, frames_per_block=2),
+        policy=build_policy("full"),
+        seeds=torch.arange(1),
+        sampler=Sampler([1.0, 0.0]),
+    )
+    with torch.no_grad():
+        trained = network(
+            torch.cat([clean, noisy], dim=1),
+            torch.cat([torch.zeros_like(sigma), sigma], dim=1),
+            text,
+            frames=torch.arange(6).repeat(2),
+            mask=teacher_forcing_mask(everything, 12),
+        )[:, 6:]
+        for f in range(0, 6, 2):
+            span, frames = slice(f, f + 2), torch.arange(f, f + 2)
+            got = network(noisy[:, span], sigma[:, span], text, frames=frames, cache=cache)
+            torch.testing.assert_close(got, trained[:, span], rtol=1e-5, atol=1e-5)
+            zero = torch.zeros(1, 2)
+            network(clean[:, span], zero, text, frames=frames, cache=cache, write=True)
+
+
+def test_a_patch_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="multiples of the patch"):
+        make(patch_size=(1, 2, 2))(torch.randn(1, 1, 16, 3, 4), torch.zeros(1, 1), torch.zeros(1, 1, 20))

@@ -1,0 +1,116 @@
+"""Stage `causal`: the teacher's weights become a block-causal student, by teacher forcing."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data.datamodule import LatentBatch
+from models.attention import teacher_forcing_mask
+from models.flow import add_noise, sampling_sigmas, shift_sigma
+from train.losses import flow_matching_loss
+from train.randomness import sample_noise, sample_uniform
+from train.stage import Stage
+
+
+@dataclass
+class CausalParams:
+    """Settings of the stage.
+
+    Attributes:
+        shift: Of the noise levels drawn, one per block.
+        context_noise: Largest share of noise added to the clean half, so that the student bears
+            its own errors.
+        evict: Train with random eviction masks over old tokens, so that a sparse cache is no
+            surprise.
+        sink_frames: Frames that those masks never take.
+        max_recent_blocks: Those masks keep the newest 1 .. this many blocks whole.
+        sample_steps: Sampler steps written into the export.
+        sample_shift: Shift of those steps.
+    """
+
+    shift: float = 3.0
+    context_noise: float = 0.15
+    evict: bool = True
+    sink_frames: int = 1
+    max_recent_blocks: int = 6
+    sample_steps: int = 4
+    sample_shift: float = 5.0
+
+
+def random_visibility(
+    seeds: Tensor, *, num_tokens: int, block_len: int, sink_tokens: int, max_recent_blocks: int
+) -> Tensor:
+    """Which earlier tokens each query may still read: a stand-in for any eviction policy.
+
+    Per sample: a keep probability of 1.2 u, u uniform (full cache in every sixth sample), for
+    tokens older than a random number of blocks; sink tokens always stay.
+
+    Args:
+        seeds: [B]
+        num_tokens: S
+        block_len: Tokens of a block.
+        sink_tokens: First tokens that always stay.
+        max_recent_blocks: Upper end of the random number of whole blocks.
+
+    Returns:
+        bool, query by key.  [B, S, S]
+    """
+    share = 1.2 * sample_uniform((1,), seeds, "keep share")
+    keep = sample_uniform((num_tokens,), seeds, "keep") < share
+    keep |= torch.arange(num_tokens, device=seeds.device) < sink_tokens
+    drawn = sample_uniform((1, 1), seeds, "recent") * max_recent_blocks
+    block = torch.arange(num_tokens, device=seeds.device) // block_len
+    age = block[:, None] - block[None, :]
+    return (age <= drawn.floor() + 1) | keep[:, None, :]
+
+
+class Causal(Stage):
+    """Trains the network `student` on [clean | noisy] pairs of whole videos.
+
+    The clean half is not detached: the loss of a noisy block reaches the keys and values that the
+    clean tokens write, which is where a memory is learnt.
+    """
+
+    params: CausalParams
+    params_type = CausalParams
+    export_role = "student"
+    exported = {"transformer": "student"}
+
+    def update(self, batch: LatentBatch, step: int) -> dict[str, Tensor | float]:
+        """One teacher-forcing step."""
+        x0, seeds, params = batch.latents, batch.seeds, self.params
+        size = self.frames_per_block
+        num_frames = x0.shape[1]
+        noise = sample_noise(x0.shape[1:], seeds, "causal noise")
+        uniform = sample_uniform((num_frames // size,), seeds, "causal sigma")
+        sigma = shift_sigma(uniform, params.shift).repeat_interleave(size, dim=1)
+        level = params.context_noise * sample_uniform((1, 1, 1, 1), seeds, "context level")
+        clean = x0 + level * sample_noise(x0.shape[1:], seeds, "context noise")
+        velocity = self.engine("student")(
+            torch.cat([clean, add_noise(x0, noise, sigma)], dim=1),
+            torch.cat([torch.zeros_like(sigma), sigma], dim=1),
+            batch.text,
+            frames=torch.arange(num_frames, device=x0.device).repeat(2),
+            mask=self._mask(seeds, num_frames),
+        )[:, num_frames:]
+        loss = flow_matching_loss(velocity, x0, noise)
+        return {"loss": loss.detach(), **self.optimise("student", loss)}
+
+    def _mask(self, seeds: Tensor, num_frames: int) -> Tensor:
+        num_tokens, block_len = num_frames * self.frame_seq_len, self.block_len
+        if not self.params.evict:
+            visible = torch.ones(1, num_tokens, num_tokens, dtype=torch.bool, device=seeds.device)
+        else:
+            visible = random_visibility(
+                seeds,
+                num_tokens=num_tokens,
+                block_len=block_len,
+                sink_tokens=self.params.sink_frames * self.frame_seq_len,
+                max_recent_blocks=self.params.max_recent_blocks,
+            )
+        return teacher_forcing_mask(visible, block_len)
+
+    def sampler_sigmas(self) -> tuple[list[float], bool]:
+        """Euler steps along the velocity."""
+        return sampling_sigmas(self.params.sample_steps, self.params.sample_shift), False

@@ -1,0 +1,219 @@
+"""Stage `distill`: distribution matching on the student's own rollouts (Self-Forcing).
+
+The student generates with the cache in the loop, under random eviction; teacher and critic judge
+the whole window, and the difference of their estimates is the student's gradient.
+
+Source: Self-Forcing, arXiv:2506.08009; DMD2, arXiv:2405.14867.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from data.datamodule import LatentBatch
+from models.flow import add_noise, sampling_sigmas, shift_sigma, velocity_to_x0
+from models.kv_cache import CacheSpec, KVCache
+from models.kv_policy import build_policy
+from models.rollout import NoiseSource, Sampler, denoise_block, make_cache, refresh
+from train.losses import (
+    distribution_matching_direction,
+    distribution_matching_loss,
+    flow_matching_loss,
+    guided,
+)
+from train.randomness import derive_seeds, sample_noise, sample_uniform, step_integer
+from train.stage import Stage
+
+
+@dataclass
+class DistillParams:
+    """Settings of the stage.
+
+    Attributes:
+        student_steps: Network passes per block of the few-step student.
+        student_shift: Shift of their noise levels.
+        score_shift: Shift of the noise levels at which teacher and critic judge.
+        score_range: Lowest and highest of those noise levels.
+        guidance_scale: Of the teacher's estimate; 1 = off.
+        student_every: The student is updated every so many steps, the critic in every step.
+        prefix_frames: True frames that a rollout continues; one entry is drawn per step.
+        budgets: Tokens per layer during rollouts, under random eviction; one is drawn per step.
+        sink_frames: Frames never evicted.
+    """
+
+    student_steps: int = 2
+    student_shift: float = 5.0
+    score_shift: float = 3.0
+    score_range: list[float] = field(default_factory=lambda: [0.02, 0.98])
+    guidance_scale: float = 1.0
+    student_every: int = 5
+    prefix_frames: list[int] = field(default_factory=lambda: [24])
+    budgets: list[int] = field(default_factory=lambda: [128])
+    sink_frames: int = 1
+
+
+class DistributionMatching(Stage):
+    """What `distill` and `streaming` share: student and critic steps on a window of latents."""
+
+    frozen_roles = ("teacher",)
+
+    def sampler(self) -> Sampler:
+        """The few-step student's noise levels."""
+        params = self.params
+        return Sampler(sampling_sigmas(params.student_steps, params.student_shift), renoise=True)
+
+    def sampler_sigmas(self) -> tuple[list[float], bool]:
+        """For the export."""
+        return self.sampler().sigmas, True
+
+    def trains_student(self, step: int) -> bool:
+        """Whether this step updates the student as well as the critic."""
+        return step % self.params.student_every == 0
+
+    def score_sigma(self, seeds: Tensor, num_frames: int, tag: str) -> Tensor:
+        """Noise level of each sample, the same for all its frames.  [B, F]"""
+        low, high = self.params.score_range
+        sigma = shift_sigma(sample_uniform((1,), seeds, tag), self.params.score_shift)
+        return sigma.clamp(low, high).expand(-1, num_frames)
+
+    def student_step(
+        self, window: Tensor, text: Tensor, seeds: Tensor, mask: Tensor
+    ) -> dict[str, Tensor | float]:
+        """Update the student so that teacher and critic agree on its samples.
+
+        Args:
+            window: Rollout with gradient in the frames that count.  [B, F, C, H, W]
+            text: [B, T, text_dim]
+            seeds: Of this update's noise.  [B]
+            mask: Frames that count.  [F]
+        """
+        with torch.no_grad():
+            sigma = self.score_sigma(seeds, window.shape[1], "student score sigma")
+            noise = sample_noise(window.shape[1:], seeds, "student score noise")
+            noisy = add_noise(window.detach(), noise, sigma)
+            teacher = self.frozen["teacher"]
+            velocity = teacher(noisy, sigma, text)
+            if self.params.guidance_scale != 1:
+                velocity = guided(
+                    velocity,
+                    teacher(noisy, sigma, torch.zeros_like(text)),
+                    self.params.guidance_scale,
+                )
+            real = velocity_to_x0(velocity, noisy, sigma)
+            fake = velocity_to_x0(self.engine("critic")(noisy, sigma, text), noisy, sigma)
+            direction = distribution_matching_direction(window.detach(), real, fake, mask)
+        loss = distribution_matching_loss(window, direction, mask)
+        return {
+            "student_loss": loss.detach(),
+            "direction": direction[:, mask].abs().mean(),
+            **self.optimise("student", loss),
+        }
+
+    def critic_step(
+        self, window: Tensor, text: Tensor, seeds: Tensor, mask: Tensor
+    ) -> dict[str, Tensor | float]:
+        """Fit the critic to the student's samples by flow matching; arguments as `student_step`."""
+        window = window.detach()
+        sigma = self.score_sigma(seeds, window.shape[1], "critic sigma")
+        noise = sample_noise(window.shape[1:], seeds, "critic noise")
+        velocity = self.engine("critic")(add_noise(window, noise, sigma), sigma, text)
+        loss = flow_matching_loss(velocity, window, noise, mask)
+        return {"critic_loss": loss.detach(), **self.optimise("critic", loss)}
+
+    def roll(
+        self,
+        cache: KVCache,
+        text: Tensor,
+        noise: NoiseSource,
+        *,
+        num_frames: int,
+        latent_shape: tuple[int, ...],
+        step: int,
+        grad: bool,
+    ) -> Tensor:
+        """Generate the next frames into the cache.
+
+        Every block runs to the same randomly drawn step, with gradient through that step's pass
+        only; ranks share the draw.
+
+        Returns:
+            [B, num_frames, C, H, W]
+        """
+        sampler, student = self.sampler(), self.engine("student")
+        last = step_integer(self.seed, step, "exit step", high=sampler.num_steps)
+        blocks = []
+        for _ in range(num_frames // self.frames_per_block):
+            with torch.set_grad_enabled(grad):
+                block = denoise_block(
+                    student,
+                    text,
+                    cache=cache,
+                    noise=noise,
+                    shape=(self.frames_per_block, *latent_shape),
+                    sampler=sampler,
+                    grad_step=last,
+                )
+            refresh(student, text, block, cache=cache)
+            blocks.append(block)
+        return torch.cat(blocks, dim=1)
+
+
+class Distill(DistributionMatching):
+    """Trains `student` and `critic` on short rollouts that continue true frames."""
+
+    params: DistillParams
+    params_type = DistillParams
+    export_role = "student"
+    exported = {"transformer": "student", "critic": "critic"}
+
+    def rollout(self, batch: LatentBatch, step: int, *, grad: bool) -> tuple[Tensor, Tensor]:
+        """A window of true prefix and generated frames, and the mask of the generated ones."""
+        params = self.params
+        prefix_frames = self.pick(params.prefix_frames, step, "prefix")
+        seeds = derive_seeds(batch.seeds, "rollout")
+        cache = make_cache(
+            self.engine("student").module,
+            spec=CacheSpec(
+                budget_tokens=self.pick(params.budgets, step, "budget"),
+                tokens_per_frame=self.frame_seq_len,
+                frames_per_block=self.frames_per_block,
+                sink_frames=params.sink_frames,
+                recent_frames=self.frames_per_block,
+            ),
+            policy=build_policy("random", {"redraw": False}),
+            seeds=seeds,
+            sampler=self.sampler(),
+        )
+        prefix = batch.latents[:, :prefix_frames]
+        for block in prefix.split(self.frames_per_block, dim=1) if prefix_frames else ():
+            refresh(self.engine("student"), batch.text, block, cache=cache)
+        generated = self.roll(
+            cache,
+            batch.text,
+            NoiseSource(seeds),
+            num_frames=batch.latents.shape[1] - prefix_frames,
+            latent_shape=tuple(batch.latents.shape[2:]),
+            step=step,
+            grad=grad,
+        )
+        window = torch.cat([prefix, generated], dim=1)
+        return window, torch.arange(window.shape[1], device=window.device) >= prefix_frames
+
+    def pick(self, choices: list[int], step: int, tag: str) -> int:
+        """One of the choices, the same on every rank."""
+        return choices[step_integer(self.seed, step, tag, high=len(choices))]
+
+    def update(self, batch: LatentBatch, step: int) -> dict[str, Tensor | float]:
+        """A critic step on a fresh rollout, preceded by a student step on the same one when due."""
+        metrics: dict[str, Tensor | float] = {}
+        train_student = self.trains_student(step)
+        window, mask = self.rollout(batch, step, grad=train_student)
+        if train_student:
+            metrics |= self.student_step(window, batch.text, batch.seeds, mask)
+        return metrics | self.critic_step(window, batch.text, batch.seeds, mask)
+
+    @torch.no_grad()
+    def preview(self, batch: LatentBatch) -> Tensor:
+        """Rollouts of the current student.  [B, F, C, H, W]"""
+        return self.rollout(batch, 0, grad=False)[0]

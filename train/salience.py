@@ -1,0 +1,125 @@
+"""Stage `salience`: the S-MLP learns the teacher's salience from the student's clean pass."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.datamodule import LatentBatch
+from models.attention import block_causal_mask
+from models.flow import add_noise
+from models.salience import PARTS, SalienceHead, head_scores, mask_short_future, salience_targets
+from train.losses import salience_ranking_loss, salience_regression_loss
+from train.randomness import sample_noise, step_integer
+from train.stage import Stage
+
+
+@dataclass
+class SalienceParams:
+    """Settings of the stage.
+
+    Attributes:
+        sigma: Noise level at which the teacher is asked.
+        log: Regress log probabilities instead of probabilities.
+        horizon: Later blocks that a key must have for its `later` target to count.
+        statistics_steps: First steps, which only gather the statistics that targets are
+            standardised by.
+        ranking_weight: Of the ranking loss beside the regression.
+        budget_share: Share of a clip's tokens at which recall is measured.
+    """
+
+    sigma: float = 0.85
+    log: bool = False
+    horizon: int = 2
+    statistics_steps: int = 12
+    ranking_weight: float = 0.0
+    budget_share: float = 0.25
+
+
+class SalienceStage(Stage):
+    """Trains the network `head`; teacher and student are frozen, nothing reaches the student."""
+
+    params: SalienceParams
+    params_type = SalienceParams
+    frozen_roles = ("teacher", "student")
+    export_role = "student"
+    exported = {"transformer": "student", "head": "head"}
+
+    def setup_stage(self) -> None:
+        """Start without gathered targets."""
+        self.gathered: list[Tensor] = []
+
+    @torch.no_grad()
+    def targets(self, batch: LatentBatch) -> Tensor:
+        """Salience of every token in the teacher's attention.  [L, B, S, 3]"""
+        x0 = batch.latents
+        noise = sample_noise(x0.shape[1:], batch.seeds, "salience noise", device=x0.device)
+        sigma = x0.new_full(x0.shape[:2], self.params.sigma)
+        found: list[Tensor] = []
+
+        def capture(layer: int, hidden: Tensor, queries: Tensor, keys: Tensor) -> None:
+            found.append(salience_targets(queries, keys, self.block_len))
+
+        self.frozen["teacher"](add_noise(x0, noise, sigma), sigma, batch.text, capture=capture)
+        return mask_short_future(torch.stack(found), self.block_len, self.params.horizon)
+
+    @torch.no_grad()
+    def hidden(self, batch: LatentBatch) -> list[Tensor]:
+        """Input of every layer of the student in a clean block-causal pass.  L x [B, S, E]"""
+        x0 = batch.latents
+        num_blocks = x0.shape[1] // self.frames_per_block
+        mask = block_causal_mask(num_blocks, self.block_len).to(x0.device)
+        found: list[Tensor] = []
+        self.frozen["student"](
+            x0,
+            x0.new_zeros(x0.shape[:2]),
+            batch.text,
+            mask=mask,
+            capture=lambda layer, hidden, queries, keys: found.append(hidden),
+        )
+        return found
+
+    def update(self, batch: LatentBatch, step: int) -> dict[str, Tensor | float]:
+        """Gather statistics in the first steps, then one step of the head."""
+        targets = self.targets(batch)
+        head: SalienceHead = self.engine("head").module
+        if step < self.params.statistics_steps:
+            self.gathered.append(targets)
+            if step == self.params.statistics_steps - 1:
+                head.fit_statistics(torch.cat(self.gathered, dim=1))
+                self.gathered = []
+            return {}
+        wanted = [head.standardise(layer, target) for layer, target in enumerate(targets)]
+        predicted = self.engine("head")(self.hidden(batch))
+        pairs = list(zip(predicted, wanted, strict=True))
+        regression = torch.stack([salience_regression_loss(p, w) for p, w in pairs]).mean()
+        shift = 1 + step_integer(self.seed, step, "pairs", high=targets.shape[2] - 1)
+        ranking = torch.stack([salience_ranking_loss(p, w, shift=shift) for p, w in pairs]).mean()
+        loss = regression + self.params.ranking_weight * ranking
+        metrics: dict[str, Tensor | float] = {
+            "loss": loss.detach(),
+            "regression_loss": regression.detach(),
+            "ranking_loss": ranking.detach(),
+            **self.optimise("head", loss),
+        }
+        if step % self.config.log_every == 0:
+            metrics |= self.scores(predicted, wanted)
+        return metrics
+
+    def scores(self, predicted: list[Tensor], wanted: list[Tensor]) -> dict[str, Tensor | float]:
+        """Spearman and recall per layer and part, on a batch not yet trained on."""
+        metrics: dict[str, Tensor | float] = {}
+        for layer, (p, w) in enumerate(zip(predicted, wanted, strict=True)):
+            for part, score in zip(PARTS, head_scores(p, w, self.params.budget_share), strict=True):
+                metrics[f"spearman/{part}/{layer}"] = score.spearman
+                metrics[f"recall/{part}/{layer}"] = score.recall
+        return metrics
+
+    def extra_state(self) -> dict[str, Any]:
+        """Targets gathered so far, where the statistics are not made yet."""
+        return {"gathered": torch.cat(self.gathered, dim=1)} if self.gathered else {}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Counterpart of `extra_state`."""
+        self.gathered = [state["gathered"]] if "gathered" in state else []
