@@ -8,14 +8,13 @@ import os
 import socket
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 from urllib.parse import urlsplit
 
 from lightning.pytorch.loggers import Logger, WandbLogger
-from lightning.pytorch.utilities import rank_zero_only
 
 from configs.schema import TrackingConfig
-from train.ranks import gather_objects
+from train.ranks import gather_objects, rank
 
 log = logging.getLogger(__name__)
 
@@ -67,14 +66,17 @@ class JsonlLogger(Logger):
     that was interrupted and continued equal those of a run that was not.
     """
 
-    def __init__(self, path: Path, *, resumed_step: int = 0) -> None:
-        """Open `path`, after dropping rows beyond `resumed_step` and a torn last line."""
+    def __init__(self, path: Path) -> None:
         super().__init__()
         self.path = path
-        if rank_zero_only.rank == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            truncate_rows(path, last_step=resumed_step)
-            self._file = path.open("a")
+        self._file: TextIO | None = None
+
+    def open(self, *, resumed_step: int) -> None:
+        """Start appending on rank 0, after dropping rows beyond `resumed_step`."""
+        if rank() == 0:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            truncate_rows(self.path, last_step=resumed_step)
+            self._file = self.path.open("a")
 
     @property
     def name(self) -> str:
@@ -86,25 +88,26 @@ class JsonlLogger(Logger):
         """There is one file per stage, so nothing to tell apart."""
         return ""
 
-    @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Append one row."""
-        row = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
-        self._file.write(json.dumps({"step": step} | row) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            row = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
+            self._file.write(json.dumps({"step": step} | row) + "\n")
+            self._file.flush()
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Nothing: the resolved config stands beside the file."""
 
-    @rank_zero_only
     def save(self) -> None:
         """Bring all rows to the disk; called before each checkpoint."""
-        os.fsync(self._file.fileno())
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
-    @rank_zero_only
     def close(self) -> None:
         """Write everything and close the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 def truncate_rows(path: Path, *, last_step: int) -> None:
@@ -136,7 +139,7 @@ def _step_of(line: str) -> int | None:
 def build_wandb(
     tracking: TrackingConfig, *, folder: Path, name: str, config: dict[str, Any]
 ) -> WandbLogger | None:
-    """A W&B logger that never stops training, or None if tracking is off or this is not rank 0.
+    """A W&B logger that never stops training, or None if tracking is off; for rank 0.
 
     The run keeps its id, in `folder`, across restarts. Without a key, or if the server cannot be
     reached, it is written offline below `folder`/wandb, for `wandb sync`.
@@ -147,7 +150,7 @@ def build_wandb(
         name: That the run has in W&B.
         config: What W&B shows as the configuration.
     """
-    if tracking.wandb == "off" or rank_zero_only.rank != 0:
+    if tracking.wandb == "off":
         return None
     import wandb  # takes a second, so only where it is used
 

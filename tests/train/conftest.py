@@ -1,0 +1,42 @@
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 150
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def run_toy():
+    """run_toy(words, ranks=1) -> exit statuses; the ranks of a run that hangs are killed."""
+
+    def run(*words, ranks: int = 1) -> list[int]:
+        command = ["timeout", "-k", "5", str(SECONDS)]
+        command += [sys.executable, "-m", "tests.train.toy", *map(str, words)]
+        shared = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        if ranks > 1:
+            shared |= {
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(free_port()),
+                "WORLD_SIZE": str(ranks),
+                "LOCAL_WORLD_SIZE": str(ranks),
+                "GROUP_RANK": "0",
+                "TORCHELASTIC_RUN_ID": "toy",
+            }
+        processes = []
+        for number in range(ranks):
+            own = {"RANK": str(number), "LOCAL_RANK": str(number)} if ranks > 1 else {}
+            processes.append(subprocess.Popen(command, env=shared | own, cwd=ROOT))
+        return [process.wait() for process in processes]
+
+    return run

@@ -1,0 +1,250 @@
+"""A stage of milliseconds per step, for tests; as a program it trains in a process of its own.
+
+python -m tests.train.toy FOLDER [--steps N] [--strategy deepspeed] [--event kill:3] ...
+"""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import lightning as L
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset
+
+from configs.schema import OptimConfig, RunConfig, StageConfig, TrackingConfig, TrainerConfig
+from train import checkpoint
+from train.fit import Interrupted, fit
+from train.ranks import rank, world_size
+from train.randomness import sample_noise
+from train.stage import Stage
+
+WIDTH = 6
+
+
+@dataclass
+class ToyBatch:
+    """Vectors and their seeds.  [B, WIDTH], [B]"""
+
+    latents: Tensor
+    seeds: Tensor
+
+    def to(self, device, **kwargs):
+        return replace(self, latents=self.latents.to(device), seeds=self.seeds.to(device))
+
+
+def toy_batch(number: int, *, size: int, rank: int, world: int) -> ToyBatch:
+    """Part of global batch `number`; ranks hold neighbouring samples."""
+    seeds = torch.arange(size) + size * (world * number + rank)
+    return ToyBatch(sample_noise((WIDTH,), seeds, "data"), seeds)
+
+
+class ToyBatches(IterableDataset):
+    def __init__(self, owner):
+        self.owner = owner
+
+    def __iter__(self) -> Iterator[ToyBatch]:
+        owner = self.owner
+        for number in range(owner.start_batch, owner.num_batches):
+            yield toy_batch(number, size=owner.batch_size, rank=rank(), world=world_size())
+
+
+class ToyData(L.LightningDataModule):
+    def __init__(self, *, batch_size: int, num_batches: int):
+        super().__init__()
+        self.start_batch, self.num_batches, self.batch_size = 0, num_batches, batch_size
+
+    def train_dataloader(self):
+        return DataLoader(ToyBatches(self), batch_size=None)
+
+
+def toy_network(seed: int) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(WIDTH, 5), nn.SiLU(), nn.Linear(5, WIDTH))
+
+
+class ToyStage(Stage):
+    """A student every second step, a critic every step, global randomness, a running mean."""
+
+    uses_global_noise = True
+
+    def setup_stage(self):
+        self.mean = torch.zeros(WIDTH)
+
+    def update(self, batch: ToyBatch, step: int):
+        self.at_update(step)
+        metrics = {}
+        if step % 2 == 0:
+            metrics |= self.optimise("student", map(self.student_loss, self.micro_batches(batch)))
+        losses = [self.critic_loss(part, step) for part in self.micro_batches(batch)]
+        metrics |= self.optimise("critic", losses)
+        self.mean = self.mean.lerp(batch.latents.mean(dim=0), 0.1)
+        self.counters["critic_steps"] = self.counters.get("critic_steps", 0) + 1
+        return {"critic_loss": torch.stack(losses).mean().detach(), **metrics}
+
+    def student_loss(self, batch: ToyBatch) -> Tensor:
+        x = self.engine("student")(batch.latents)
+        with torch.no_grad():
+            direction = self.engine("critic")(x) - self.frozen["teacher"](x)
+        return F.mse_loss(x, (x - direction).detach())
+
+    def critic_loss(self, batch: ToyBatch, step: int) -> Tensor:
+        noise = (
+            torch.randn(batch.latents.shape) if self.uses_global_noise else batch.latents.flip(0)
+        )
+        with torch.no_grad():
+            x = self.engine("student")(batch.latents)
+        return F.mse_loss(self.engine("critic")(x + 0.1 * noise), noise)
+
+    def at_update(self, step: int) -> None:
+        """A place where tests let things happen."""
+
+    def preview(self, batch: ToyBatch) -> Tensor:
+        torch.rand(3)  # must not move the global generator
+        return torch.zeros(1, 4, 3, 16, 16)
+
+    def extra_state(self):
+        return {"mean": self.mean}
+
+    def load_extra_state(self, state):
+        self.mean = state["mean"]
+
+
+class ToyStream(ToyStage):
+    """Holds a stream of three steps that no checkpoint can hold."""
+
+    restarts_at_snapshot = True
+
+    def setup_stage(self):
+        super().setup_stage()
+        self.stream = None
+
+    def update(self, batch, step):
+        if self.stream is None:
+            self.mark_restart_point()
+            self.stream = [torch.zeros(WIDTH)]
+        metrics = super().update(batch, step)
+        self.stream.append(self.stream[-1] + batch.latents.mean(dim=0))
+        metrics["stream"] = self.stream[-1].sum()
+        if len(self.stream) > 3:
+            self.stream = None
+        return metrics
+
+
+def toy_config(**changes) -> RunConfig:
+    """A run with one stage `toy`; `changes` are fields of its sections."""
+    optim = OptimConfig(
+        lr=1e-2, warmup=2, ema=changes.pop("ema", 0.9), clip=changes.pop("clip", 1.0)
+    )
+    stage = StageConfig(
+        kind="toy",
+        steps=changes.pop("steps", 6),
+        batch=4,
+        frames=1,
+        optimizers={"student": optim, "critic": replace(optim, lr=3e-2, ema=0.0)},
+        checkpoint_every=changes.pop("checkpoint_every", 2),
+        log_every=changes.pop("log_every", 3),
+        accumulate=changes.pop("accumulate", 1),
+        sample_every=changes.pop("sample_every", 0),
+    )
+    trainer = TrainerConfig(accelerator="cpu", threads=1, **changes)
+    return RunConfig(
+        name="toy", stages={"toy": stage}, trainer=trainer, tracking=TrackingConfig(wandb="off")
+    )
+
+
+def toy_stage(config: RunConfig, kind: type[Stage] = ToyStage) -> Stage:
+    return kind(
+        config.stages["toy"],
+        seed=7,
+        networks={"student": toy_network(1), "critic": toy_network(2)},
+        frozen={"teacher": toy_network(3)},
+    )
+
+
+def train(folder: Path, config: RunConfig, stage: Stage | None = None, **options) -> Stage:
+    """Train to the end and return the stage."""
+    settings = config.stages["toy"]
+    stage = toy_stage(config) if stage is None else stage
+    data = ToyData(batch_size=settings.batch * settings.accumulate, num_batches=settings.steps)
+    fit(stage, data, folder=folder, config=config, stage_name="toy", **options)
+    return stage
+
+
+def final_weights(stage: Stage) -> dict[str, Tensor]:
+    weights = {
+        f"{name}.{key}": value
+        for name, engine in stage.engines.items()
+        for key, value in engine.weights().items()
+    }
+    if stage.config.optimizers["student"].ema:
+        averaged = stage.engine("student").weights(ema=True)
+        weights |= {f"average.{key}": value for key, value in averaged.items()}
+    return weights | {"mean": stage.mean}
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main(words: list[str]) -> None:
+    """Train as each command line says, one after the other; they are separated by `--then`."""
+    if "--then" in words:
+        where = words.index("--then")
+        main(words[:where])
+        main(words[where + 1 :])
+        return
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    for name, default in (("steps", 6), ("zero_stage", 2), ("devices", 1), ("accumulate", 1)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--clip", type=float, default=1.0)
+    parser.add_argument("--strategy", default="single")
+    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--kind", default="ToyStage")
+    parser.add_argument("--event", default="", help="kill:STEP, term:STEP, int:STEP or save:STEP")
+    parser.add_argument("--no_noise", action="store_true", help="nothing but the data is random")
+    arguments = vars(parser.parse_args(words))
+    folder, event, kind = (arguments.pop(key) for key in ("folder", "event", "kind"))
+    has_noise = not arguments.pop("no_noise")
+    config = toy_config(**arguments)
+    stage = toy_stage(config, globals()[kind])
+    stage.uses_global_noise = has_noise
+    arrange(stage, event)
+    try:
+        train(folder, config, stage)
+    except Interrupted as stop:
+        (folder / "interrupted").write_text(str(stop.step))
+        if "--then" not in sys.argv:
+            raise
+        return
+    weights = final_weights(stage)
+    if rank() == 0:
+        safetensors.torch.save_file(weights, folder / "final.safetensors")
+
+
+def arrange(stage: Stage, event: str) -> None:
+    """Let `event` happen: a signal within a step, or SIGKILL within the save after a step."""
+    what, _, step = event.partition(":")
+    numbers = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT}
+    last = int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1
+    if what in numbers and last:
+        stage.at_update = lambda now: now == int(step) and os.kill(os.getpid(), numbers[what])
+    elif what == "save":
+        finish = checkpoint._finish
+
+        def die(snapshot, ranks, final):
+            return kill() if snapshot.step == int(step) else finish(snapshot, ranks, final)
+
+        checkpoint._finish = die
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,289 @@
+"""What happens around the steps: progress, checkpoints, signals, sample videos."""
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import WandbLogger
+from torch import Tensor
+from tqdm import tqdm
+
+from configs.schema import TrackingConfig
+from data.video import VideoWriter
+from train import checkpoint
+from train.ranks import on_any_rank, rank
+from train.stage import Stage
+from train.tracking import JsonlLogger, build_wandb
+
+LINE_SECONDS = 10.0
+"""Between two lines of progress where standard error is no terminal."""
+SAMPLE_HEIGHT = 192
+"""Pixels to which the height of small sample videos is brought, or a little less."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class StopSignals:
+    """Turns the first SIGTERM, SIGUSR1 or Ctrl-C into a request; a second Ctrl-C acts at once.
+
+    Attributes:
+        received: The signal that came, or None.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def install(self) -> None:
+        """Take over the signals; only the main thread may."""
+        if threading.current_thread() is threading.main_thread() and not self._previous:
+            for number in STOP_SIGNALS:
+                self._previous[number] = signal.signal(number, self._receive)
+
+    def remove(self) -> None:
+        """Give the signals back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        # No collective and no writing in here: the training loop looks at the request.
+        self.received = number
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class Checkpoints(L.Callback):
+    """Restores at the start; writes every so many steps, at the end, and on a stop signal.
+
+    Attributes:
+        stopped: Whether a signal ended training before its last step.
+    """
+
+    def __init__(self, folder: Path, *, every: int, keep: int, signals: StopSignals) -> None:
+        self.folder = folder
+        self.every = every
+        self.keep = keep
+        self.signals = signals
+        self.stopped = False
+        self._resumed: Path | None = None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Continue from the newest whole checkpoint; the engines are built by now."""
+        assert isinstance(pl_module, Stage)
+        self._resumed = checkpoint.newest_whole(self.folder)
+        if self._resumed is not None:
+            checkpoint.restore(pl_module, self._resumed)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take the signals over from Lightning, whose own handlers run collectives."""
+        self.signals.install()
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Set the global generators as late as can be: making the loader draws from them."""
+        if batch_idx > 0:
+            return
+        assert isinstance(pl_module, Stage)
+        if self._resumed is None:
+            L.seed_everything(pl_module.seed % 2**32, verbose=False)
+        else:
+            checkpoint.restore_random(self._resumed)
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Write if it is time or if a rank was asked to stop."""
+        assert isinstance(pl_module, Stage)
+        stop = on_any_rank(self.signals.received is not None, device=pl_module.device)
+        finished = pl_module.completed >= pl_module.config.steps
+        if stop or finished or pl_module.completed % self.every == 0:
+            self._write(trainer, pl_module)
+        if stop and not finished:
+            self.stopped = True
+            trainer.should_stop = True
+
+    def _write(self, trainer: L.Trainer, stage: Stage) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, JsonlLogger):
+                logger.save()
+        checkpoint.write(stage.snapshot(), self.folder, keep=self.keep)
+
+
+class Records(L.Callback):
+    """Opens the places that metrics go to and closes them; must come after `Checkpoints`."""
+
+    def __init__(self, tracking: TrackingConfig, *, folder: Path, name: str) -> None:
+        self.tracking = tracking
+        self.folder = folder
+        self.name = name
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Rows beyond the restored step are dropped; W&B is told the configuration."""
+        assert isinstance(pl_module, Stage)
+        for logger in trainer.loggers:
+            if isinstance(logger, JsonlLogger):
+                logger.open(resumed_step=pl_module.completed)
+        if rank() == 0 and pl_module.completed < pl_module.config.steps:
+            mirror = build_wandb(
+                self.tracking, folder=self.folder, name=self.name, config=pl_module.identity
+            )
+            trainer.loggers = [*trainer.loggers, *([mirror] if mirror is not None else [])]
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Close whatever is open, also after an error."""
+        for logger in trainer.loggers:
+            if isinstance(logger, JsonlLogger):
+                logger.close()
+            elif isinstance(logger, WandbLogger):
+                logger.experiment.finish()
+        trainer.loggers = [log for log in trainer.loggers if not isinstance(log, WandbLogger)]
+
+
+class Progress(L.Callback):
+    """A bar with stage, step, loss and time left; lines now and then without a terminal."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._bar: Any = None
+        self._started = 0.0
+        self._last_line = 0.0
+        self._first_step = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin at the step that was resumed."""
+        assert isinstance(pl_module, Stage)
+        self._first_step = pl_module.completed
+        self._started = self._last_line = time.monotonic()
+        if rank() == 0 and sys.stderr.isatty():
+            self._bar = tqdm(
+                total=pl_module.config.steps,
+                initial=pl_module.completed,
+                desc=self.name,
+                unit="step",
+                dynamic_ncols=True,
+            )
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Show the step."""
+        assert isinstance(pl_module, Stage)
+        if rank() != 0:
+            return
+        if self._bar is not None:
+            self._bar.set_postfix_str(_headline(pl_module), refresh=False)
+            self._bar.update()
+        elif self._is_time(pl_module):
+            self._last_line = time.monotonic()
+            sys.stderr.write(self._line(pl_module))
+            sys.stderr.flush()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _is_time(self, stage: Stage) -> bool:
+        due = time.monotonic() - self._last_line >= LINE_SECONDS
+        return due or stage.completed == stage.config.steps
+
+    def _line(self, stage: Stage) -> str:
+        done = max(1, stage.completed - self._first_step)
+        elapsed = time.monotonic() - self._started
+        left = elapsed / done * (stage.config.steps - stage.completed)
+        return (
+            f"{self.name}: step {stage.completed}/{stage.config.steps}, {_headline(stage)}, "
+            f"{tqdm.format_interval(left)} left\n"
+        )
+
+
+class SampleVideos(L.Callback):
+    """Writes what the stage can show as mp4 files, every so many steps.
+
+    Args:
+        folder: Of the videos.
+        every: Steps between them.
+        decode: Latents [F, C, H, W] to frames in [-1, 1].  [F, 3, height, width]
+        fps: Frames per second.
+        count: Videos each time, at most.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        every: int,
+        decode: Callable[[Tensor], Tensor],
+        fps: int,
+        count: int = 2,
+    ) -> None:
+        self.folder = folder
+        self.every = every
+        self.decode = decode
+        self.fps = fps
+        self.count = count
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Make and write the videos of this step, without touching the global generators."""
+        assert isinstance(pl_module, Stage)
+        if pl_module.completed % self.every:
+            return
+        with torch.random.fork_rng(), pl_module.autocast():
+            latents = pl_module.preview(batch)
+        if latents is None or rank() != 0:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        paths = []
+        for number, clip in enumerate(latents[: self.count]):
+            paths.append(self.folder / f"step-{pl_module.completed:08d}-{number}.mp4")
+            write_video(paths[-1], self.decode(clip.float().cpu()), fps=self.fps)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                captions = [path.name for path in paths]
+                logger.log_video(
+                    "samples", [str(path) for path in paths], pl_module.completed, caption=captions
+                )
+
+
+def write_video(path: Path, frames: Tensor, *, fps: int) -> None:
+    """Write frames in [-1, 1] as an mp4 file, small ones enlarged.  [F, 3, height, width]."""
+    pixels = ((frames.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+    height, width = pixels.shape[1:3]
+    scale = max(1, SAMPLE_HEIGHT // height)
+    with VideoWriter(path, fps, (height, width), scale=scale) as writer:
+        writer.write(pixels.numpy())
+
+
+def _headline(stage: Stage) -> str:
+    """The first value that the stage reported for its last step."""
+    for key, value in stage.metrics.latest.items():
+        if not key.endswith(("_seconds", "_per_second")):
+            return f"{key} {value:.4g}"
+    return "no loss yet"
