@@ -1,0 +1,289 @@
+"""Exports: weights of a finished stage as safetensors, with a manifest that says what they are.
+
+export/
+  transformer.safetensors  weights of one network per file
+  head.safetensors         salience head, if the stage has one
+  manifest.json            role, stage, geometry, parents, and the hash of every file
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from configs.errors import UserError
+from configs.load import config_hash, nearest
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+ROLES = ("teacher", "student", "head")
+
+
+class ExportError(UserError):
+    """An export is missing, damaged, of another role, or does not fit the network."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """A verified export.
+
+    Attributes:
+        folder: Where it lies.
+        manifest: As written by `write_export`.
+        weights: File stem, such as `transformer`, to its tensors on the CPU.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+    weights: dict[str, dict[str, Tensor]]
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the manifest, and so of every byte of the export."""
+        return config_hash(self.manifest)
+
+    @property
+    def sampler(self) -> tuple[list[float], bool] | None:
+        """Noise levels of the student's sampler and whether it renoises, if it has its own."""
+        found = self.manifest.get("sampler")
+        return None if found is None else (list(found["sigmas"]), bool(found["renoise"]))
+
+    def tensors(self, stem: str) -> dict[str, Tensor]:
+        """The tensors of the file `stem`.
+
+        Raises:
+            ExportError: If the export has no such file.
+        """
+        if stem not in self.weights:
+            raise ExportError(
+                f"export {str(self.folder)!r} must hold {stem}.safetensors, found only "
+                f"{sorted(self.weights)}; take the export of another stage"
+            )
+        return self.weights[stem]
+
+
+def write_export(
+    folder: Path, *, weights: Mapping[str, Mapping[str, Tensor]], manifest: Mapping[str, Any]
+) -> str:
+    """Write an export; it appears under `folder` whole, in place of an older one.
+
+    Args:
+        folder: Final name, such as `runs/demo/teacher/export`.
+        weights: File stem to named tensors on any device.
+        manifest: JSON values: `role` (one of `ROLES`), `stage`, `sampler`, `config`, `parents`
+            (role to hash) and what else a reader needs. `format`, `versions` and `files` are
+            added here.
+
+    Returns:
+        Hash of the export, for `parents` of its children.
+
+    Raises:
+        ExportError: If the disk is full or not writable; nothing is left behind.
+    """
+    assert manifest["role"] in ROLES, f"unknown role {manifest['role']!r}"
+    part = folder.with_name(f"{folder.name}.part")
+    whole = {
+        **manifest,
+        "format": FORMAT,
+        "versions": {name: version(name) for name in ("pafukv", "torch", "safetensors")},
+    }
+    try:
+        _discard(part)
+        part.mkdir(parents=True)
+        whole["files"] = {
+            stem: _write_tensors(part / f"{stem}.safetensors", tensors)
+            for stem, tensors in sorted(weights.items())
+        }
+        _write_bytes(part / MANIFEST, json.dumps(whole, indent=2, sort_keys=True).encode())
+        _discard(folder)
+        part.rename(folder)
+        _sync_folder(folder.parent)
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        advice = "free some space" if error.errno == errno.ENOSPC else "check the folder"
+        raise ExportError(
+            f"export {str(folder)!r} must be writable, found {error.strerror}; {advice} and run "
+            "the same command again"
+        ) from error
+    return config_hash(json.loads(json.dumps(whole)))
+
+
+def load_export(path: Path, *, role: str | None = None) -> Export:
+    """Read and verify an export.
+
+    Args:
+        path: An export, or the folder of a stage that holds one under `export/`.
+        role: `teacher` or `student`: the export must have this role; `head`: it must hold a
+            salience head; None: anything goes.
+
+    Raises:
+        ExportError: If there is no export, it is damaged, or it has another role.
+    """
+    folder = find_export(path)
+    manifest = read_manifest(folder)
+    _check_role(folder, manifest, role)
+    weights = {
+        stem: _read_tensors(folder, stem, entry) for stem, entry in manifest["files"].items()
+    }
+    return Export(folder, manifest, weights)
+
+
+def find_export(path: Path) -> Path:
+    """The export folder that `path` means.
+
+    Raises:
+        ExportError: If there is none; says what lies there instead.
+    """
+    for folder in (path, path / "export"):
+        if (folder / MANIFEST).is_file():
+            return folder
+    if not path.exists():
+        beside = [str(other) for other in path.parent.glob("*")] if path.parent.is_dir() else []
+        hint = nearest(str(path), beside) or "; give the folder of a finished stage"
+        raise ExportError(f"checkpoint {str(path)!r} must exist, found no such folder{hint}")
+    if (path / "checkpoints").is_dir() or path.name.startswith("step-"):
+        found = "a stage that has not finished; continue it with the command that started it"
+    else:
+        found = "no manifest.json; give the folder of a finished stage or its export"
+    raise ExportError(f"checkpoint {str(path)!r} must hold an export, found {found}")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of the export in `folder`, without the weights.
+
+    Raises:
+        ExportError: If it is not one of ours, or of a newer format.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise ExportError(
+            f"{str(folder / MANIFEST)!r} must be readable JSON: {error}; export the stage again"
+        ) from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ExportError(
+            f"{str(folder / MANIFEST)!r} must be the manifest of an export of format {FORMAT}; "
+            "give the folder of a finished stage or its export"
+        )
+    return manifest
+
+
+def load_weights(module: nn.Module, export: Export, *, stem: str) -> None:
+    """Copy the tensors of the file `stem` into `module`.
+
+    Raises:
+        ExportError: If the file, keys or shapes differ; names the first of each kind.
+    """
+    weights, wanted = export.tensors(stem), module.state_dict()
+    problems = [f"{key} is missing" for key in wanted if key not in weights][:1]
+    problems += [f"{key} is not in the network" for key in weights if key not in wanted][:1]
+    problems += [
+        f"{key} is {list(weights[key].shape)} where the network has {list(wanted[key].shape)}"
+        for key in wanted
+        if key in weights and weights[key].shape != wanted[key].shape
+    ][:1]
+    if problems:
+        raise ExportError(
+            f"{stem}.safetensors in {str(export.folder)!r} must fit the configured network: "
+            f"{'; '.join(problems)}; compare `model` in the config with that in its manifest.json"
+        )
+    module.load_state_dict(weights)
+
+
+def copy_export(path: Path, out: Path) -> str:
+    """Verify the export that `path` means and write it again under `out`; returns its hash.
+
+    Raises:
+        ExportError: As in `load_export` and `write_export`, or if `out` exists.
+    """
+    export = load_export(path)
+    if out.exists():
+        raise ExportError(f"--out {str(out)!r} must not exist yet; choose another folder")
+    added = ("format", "versions", "files")
+    manifest = {key: value for key, value in export.manifest.items() if key not in added}
+    return write_export(out, weights=export.weights, manifest=manifest)
+
+
+def _check_role(folder: Path, manifest: Mapping[str, Any], role: str | None) -> None:
+    assert role is None or role in ROLES, f"unknown role {role!r}"
+    found, stage = manifest["role"], manifest.get("stage")
+    if role == "head" and "head" not in manifest["files"]:
+        raise ExportError(
+            f"export {str(folder)!r} must hold a salience head, found a {found} of stage "
+            f"{stage!r} without one; take the export of a stage of kind 'salience' or later"
+        )
+    if role in ("teacher", "student") and found != role:
+        raise ExportError(
+            f"export {str(folder)!r} must be a {role}, found a {found} of stage {stage!r}; "
+            f"give the export of a stage that trains a {role}"
+        )
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Write one file; returns what the manifest says of it."""
+    content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    data = safetensors.torch.save(content)
+    _write_bytes(path, data)
+    return {"sha256": hashlib.sha256(data).hexdigest(), "tensors": _describe(content)}
+
+
+def _read_tensors(folder: Path, stem: str, entry: Mapping[str, Any]) -> dict[str, Tensor]:
+    path = folder / f"{stem}.safetensors"
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ExportError(
+            f"{str(path)!r} must be readable, found {error.strerror}; export the stage again"
+        ) from error
+    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+        raise ExportError(
+            f"{str(path)!r} must have the SHA-256 that its manifest names, found another: the file "
+            "is damaged or was changed; export the stage again"
+        )
+    try:
+        tensors = safetensors.torch.load(data)
+    except SafetensorError as error:
+        raise ExportError(f"{str(path)!r} must be a safetensors file: {error}") from error
+    if _describe(tensors) != entry["tensors"]:
+        raise ExportError(
+            f"{str(path)!r} must hold the tensors that its manifest names, found others; "
+            "export the stage again"
+        )
+    return tensors
+
+
+def _describe(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {
+        name: [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+        for name, tensor in sorted(tensors.items())
+    }
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _discard(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
