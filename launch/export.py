@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ def write_export(
     whole = {
         **manifest,
         "format": FORMAT,
-        "versions": {name: version(name) for name in ("pafukv", "torch", "safetensors")},
+        "versions": {name: _version(name) for name in ("pafukv", "torch", "safetensors")},
     }
     try:
         _discard(part)
@@ -287,3 +287,10 @@ def _sync_folder(folder: Path) -> None:
 def _discard(folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(folder)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # a checkout that runs without being installed
+        return "not installed"

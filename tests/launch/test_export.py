@@ -104,7 +104,7 @@ def test_a_missing_weights_file_is_named(written):
 
 
 def test_a_path_without_an_export_says_what_lies_there(written, tmp_path):
-    with pytest.raises(ExportError, match="did you mean '.*causal'"):
+    with pytest.raises(ExportError, match=r"did you mean '.*causal'"):
         find_export(tmp_path / "causl")
     (tmp_path / "teacher" / "checkpoints" / "step-00000100").mkdir(parents=True)
     with pytest.raises(ExportError, match="a stage that has not finished"):
