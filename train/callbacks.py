@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 import lightning as L
 import torch
@@ -18,6 +18,7 @@ from tqdm import tqdm
 from configs.schema import TrackingConfig
 from data.video import VideoWriter
 from train import checkpoint
+from train.randomness import derive_seed, seed_generators
 from train.ranks import on_any_rank, rank
 from train.stage import Stage
 from train.tracking import JsonlLogger, build_wandb
@@ -32,6 +33,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 class StopSignals:
     """Turns the first SIGTERM, SIGUSR1 or Ctrl-C into a request; a second Ctrl-C acts at once.
 
+    A context: on leaving it, the handlers are those that were there on entering it.
+
     Attributes:
         received: The signal that came, or None.
     """
@@ -40,17 +43,20 @@ class StopSignals:
         self.received: int | None = None
         self._previous: dict[int, Any] = {}
 
-    def install(self) -> None:
-        """Take over the signals; only the main thread may."""
-        if threading.current_thread() is threading.main_thread() and not self._previous:
-            for number in STOP_SIGNALS:
-                self._previous[number] = signal.signal(number, self._receive)
+    def __enter__(self) -> Self:
+        # Only the main thread may handle signals.
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        return self
 
-    def remove(self) -> None:
-        """Give the signals back."""
+    def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-        self._previous = {}
+
+    def install(self) -> None:
+        """Take over the signals."""
+        for number in self._previous:
+            signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         # No collective and no writing in here: the training loop looks at the request.
@@ -93,7 +99,7 @@ class Checkpoints(L.Callback):
             return
         assert isinstance(pl_module, Stage)
         if self._resumed is None:
-            L.seed_everything(pl_module.seed % 2**32, verbose=False)
+            seed_generators(derive_seed(pl_module.seed, "rank", rank()))
         else:
             checkpoint.restore_random(self._resumed)
 

@@ -12,23 +12,22 @@ A folder without COMPLETE.json, or with a name that ends in `.part`, is not a ch
 import hashlib
 import json
 import os
-import random
 import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
 import safetensors.torch
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from configs.errors import UserError
 from configs.load import config_hash
+from train.randomness import GENERATORS, generator_states, set_generator_states
 from train.ranks import barrier, gather_objects, rank, world_size
 
 if TYPE_CHECKING:
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
 MARKER = "COMPLETE.json"
 POINTER = "newest"
 PART = ".part"
-RANDOM_TENSORS = ("torch", "cuda", "numpy")
 
 Result = TypeVar("Result")
 
@@ -72,7 +70,8 @@ def capture(stage: "Stage") -> Snapshot:
         for key, value in engine.shard_state().items()
     }
     tensors |= {f"extra.{key}": _copy(value) for key, value in stage.extra_state().items()}
-    random_tensors, random_meta = _random_state()
+    words, random_meta = generator_states()
+    tensors |= {f"random.{name}": value for name, value in words.items()}
     meta = {
         "step": stage.completed,
         "counters": dict(stage.counters),
@@ -85,7 +84,7 @@ def capture(stage: "Stage") -> Snapshot:
         "random": random_meta,
     }
     # Through JSON at once: later changes of the stage must not reach the snapshot.
-    return Snapshot(tensors | random_tensors, json.loads(json.dumps(meta)))
+    return Snapshot(tensors, json.loads(json.dumps(meta)))
 
 
 def write(snapshot: Snapshot, folder: Path, *, keep: int) -> Path:
@@ -144,16 +143,8 @@ def restore_random(folder: Path) -> None:
     """Set the global generators of this rank to their state in the checkpoint `folder`."""
     entry = read_marker(folder)["ranks"][rank()]
     with safetensors.safe_open(folder / entry["file"], framework="pt") as file:
-        tensors = {name: file.get_tensor(f"random.{name}") for name in RANDOM_TENSORS}
-    torch.set_rng_state(tensors["torch"])
-    if torch.cuda.is_available() and tensors["cuda"].numel():
-        torch.cuda.set_rng_state(tensors["cuda"])
-    saved = entry["meta"]["random"]
-    kind, words, gauss = saved["python"]
-    random.setstate((kind, tuple(words), gauss))
-    name, position, has_gauss, cached = saved["numpy"]
-    keys = tensors["numpy"].numpy().astype(np.uint32)
-    np.random.set_state((name, keys, position, has_gauss, cached))
+        words = {name: file.get_tensor(f"random.{name}") for name in GENERATORS}
+    set_generator_states(words, entry["meta"]["random"])
 
 
 def newest_whole(folder: Path) -> Path | None:
@@ -312,21 +303,7 @@ def _copy(value: Tensor) -> Tensor:
     return value.detach().to("cpu", copy=True).contiguous()
 
 
-def _random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Global generators of this rank: what holds words as tensors, the rest as JSON."""
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else torch.empty(0)
-    tensors = {
-        "random.torch": torch.get_rng_state(),
-        "random.cuda": cuda,
-        "random.numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
-    }
-    return tensors, {
-        "python": random.getstate(),
-        "numpy": [name, int(position), int(has_gauss), float(cached)],
-    }
-
-
+@cache
 def _version(package: str) -> str:
     try:
         return version(package)

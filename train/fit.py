@@ -32,16 +32,24 @@ QUIET_LINES = (
     "HPU available:",
     "💡 Tip:",
     "`Trainer.fit` stopped",
+    "initializing deepspeed distributed",
 )
 """Beginnings of Lightning's log lines that tell nothing about this run."""
+
+QUIET_LOGGERS = (
+    "lightning.fabric.utilities.rank_zero",
+    "lightning.pytorch.utilities.rank_zero",
+    "lightning.pytorch.strategies.deepspeed",
+)
 
 QUIET_WARNINGS = (
     r".*does not have many workers.*",
     r".*The number of training batches .* is smaller than the logging interval.*",
-    r"Found \d+ module\(s\) in eval mode at the start of training.*",
+    r".*Found \d+ module\(s\) in eval mode at the start of training.*",
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
+    r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor` is deprecated.*",
 )
-"""Lightning warnings that are wrong here: frozen networks are meant, and so are small loaders."""
+"""Warnings about what is meant: frozen networks, small loaders, calls inside the libraries."""
 
 
 class Interrupted(SystemExit):
@@ -109,10 +117,8 @@ def fit(
     callbacks += [checkpoints, Records(config.tracking, folder=folder, name=name)]
     callbacks.append(Progress(stage_name))
     trainer = build_trainer(config, folder, callbacks, num_batches=stage.config.steps - done)
-    try:
+    with signals:
         trainer.fit(stage, datamodule=datamodule)
-    finally:
-        signals.remove()
     if checkpoints.stopped:
         if signals.received == signal.SIGINT:
             raise KeyboardInterrupt
@@ -162,7 +168,7 @@ def prepare_process(config: RunConfig) -> None:
         torch.set_num_threads(config.trainer.threads)
     for message in QUIET_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+    for name in QUIET_LOGGERS:
         logger = logging.getLogger(name)
         if _tells_something not in logger.filters:
             logger.addFilter(_tells_something)

@@ -1,12 +1,15 @@
 """Random numbers that follow from what they belong to: a sample, or a step that all ranks share.
 
-Draws are made on the CPU and then moved, so that they are the same on every device. Nothing here
-touches the global generators.
+Draws are made on the CPU and then moved, so that they are the same on every device. They never
+touch the global generators, whose states can be taken and set here, for what libraries draw.
 """
 
 import hashlib
-from collections.abc import Sequence
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,3 +76,41 @@ def derive_seeds(seeds: Tensor, *tags: int | str) -> Tensor:
 def step_integer(seed: int, step: int, tag: str, *, high: int) -> int:
     """A number in 0 .. high - 1 that all ranks draw alike at a step of a stage."""
     return int(torch.randint(high, (), generator=step_generator(seed, step, tag)))
+
+
+GENERATORS = ("torch", "cuda", "numpy")
+"""Global generators of a process whose states are tensors; Python's own is plain numbers."""
+
+
+def seed_generators(seed: int) -> None:
+    """Start all global generators of this process from `seed`."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def generator_states() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """States of the global generators: words by name as in `GENERATORS`, the rest as JSON."""
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else torch.empty(0)
+    words = {
+        "torch": torch.get_rng_state(),
+        "cuda": cuda,
+        "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
+    }
+    return words, {
+        "python": random.getstate(),
+        "numpy": [name, int(position), int(has_gauss), float(cached)],
+    }
+
+
+def set_generator_states(words: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
+    """Bring back what `generator_states` returned, through JSON or not."""
+    torch.set_rng_state(words["torch"])
+    if torch.cuda.is_available() and words["cuda"].numel():
+        torch.cuda.set_rng_state(words["cuda"])
+    kind, numbers, gauss = rest["python"]
+    random.setstate((kind, tuple(numbers), gauss))
+    name, position, has_gauss, cached = rest["numpy"]
+    keys = words["numpy"].numpy().astype(np.uint32)
+    np.random.set_state((name, keys, position, has_gauss, cached))

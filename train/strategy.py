@@ -122,7 +122,7 @@ class DeepSpeedEngines(DeepSpeedStrategy):
         index = self.root_device.index if self.root_device.type == "cuda" else self.local_rank
         is_partitioned = self.config["zero_optimization"]["stage"] > 0
         clip = {"gradient_clipping": settings.clip if is_partitioned else 0.0}
-        optimizer = build_optimizer(module, settings)
+        optimizer = build_optimizer(module, settings, is_fused=False)
         engine, *_ = deepspeed.initialize(
             args=argparse.Namespace(device_rank=index),
             config=self.config | clip,

@@ -2,6 +2,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,7 @@ def run_toy():
     """run_toy(words, ranks=1) -> exit statuses; the ranks of a run that hangs are killed."""
 
     def run(*words, ranks: int = 1) -> list[int]:
-        command = ["timeout", "-k", "5", str(SECONDS)]
-        command += [sys.executable, "-m", "tests.train.toy", *map(str, words)]
+        command = [sys.executable, "-m", "tests.train.toy", *map(str, words)]
         shared = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         if ranks > 1:
             shared |= {
@@ -37,6 +37,23 @@ def run_toy():
         for number in range(ranks):
             own = {"RANK": str(number), "LOCAL_RANK": str(number)} if ranks > 1 else {}
             processes.append(subprocess.Popen(command, env=shared | own, cwd=ROOT))
-        return [process.wait() for process in processes]
+        deadline = time.monotonic() + SECONDS
+        try:
+            return [process.wait(deadline - time.monotonic()) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_python():
+    """run_python(code) -> exit status of a fresh interpreter at the root of the checkout."""
+
+    def run(code: str) -> int:
+        own = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", code]
+        return subprocess.run(command, env=own, cwd=ROOT, timeout=SECONDS, check=False).returncode
 
     return run

@@ -150,7 +150,7 @@ def test_average_of_weights_is_an_error_where_none_is_kept():
     engine = SingleEngine(
         "critic", toy_network(1), toy_config(ema=0.0).stages["toy"].optimizers["critic"]
     )
-    with pytest.raises(ValueError, match="optimizers.critic.ema must be above 0"):
+    with pytest.raises(ValueError, match=r"optimizers\.critic\.ema must be above 0"):
         engine.weights(ema=True)
 
 

@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from configs.schema import OptimConfig, RunConfig, StageConfig, TrackingConfig, TrainerConfig
 from train import checkpoint
 from train.fit import Interrupted, fit
-from train.ranks import rank, world_size
 from train.randomness import sample_noise
+from train.ranks import rank, world_size
 from train.stage import Stage
 
 WIDTH = 6
