@@ -28,7 +28,9 @@ class Stage(L.LightningModule):
 
     Attributes:
         params_type: Dataclass that checks `StageConfig.params`.
-        frozen_roles: Inputs that are only read.
+        network_sources: Trainable network to the (input role, file stem) pairs that it may start
+            from, the first that is there; none = fresh weights.
+        frozen_sources: The same for networks that are only read.
         export_role: What the export of this stage is used as.
         exported: File stem in the export to the name of a network.
         restarts_at_snapshot: Whether checkpoints hold the last `mark_restart_point` and not the
@@ -47,7 +49,8 @@ class Stage(L.LightningModule):
     """
 
     params_type: ClassVar[type]
-    frozen_roles: ClassVar[tuple[str, ...]] = ()
+    network_sources: ClassVar[Mapping[str, tuple[tuple[str, str], ...]]]
+    frozen_sources: ClassVar[Mapping[str, tuple[tuple[str, str], ...]]] = {}
     export_role: ClassVar[str] = "student"
     exported: ClassVar[Mapping[str, str]] = {}
     restarts_at_snapshot: ClassVar[bool] = False
