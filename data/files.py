@@ -1,10 +1,16 @@
-"""Files that appear under their final name only when they are whole."""
+"""Files and folders that appear under their final name only when they are whole."""
 
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from configs.errors import UserError
+
+STARTED = ".started.json"
+"""Says whose half-finished work a folder holds."""
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -20,10 +26,64 @@ def write_atomically(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def remove_partial_files(folder: Path) -> None:
-    """Delete what writers that were killed left in `folder` under temporary names."""
-    for path in folder.glob(".*.part-*"):
+def is_whole(folder: Path, source_hash: str, *, marker: str) -> bool:
+    """Whether a folder holds the whole product of a source; see `claim_folder`."""
+    return _source_hash(folder / marker) == source_hash
+
+
+def is_started(folder: Path, source_hash: str, *, marker: str) -> bool:
+    """Whether a folder holds unfinished work on the product of a source; see `claim_folder`."""
+    is_same = _source_hash(folder / STARTED) == source_hash
+    return is_same and _source_hash(folder / marker) is None
+
+
+def claim_folder(folder: Path, source_hash: str, *, marker: str, owned: Sequence[str]) -> bool:
+    """Make ready a folder that will hold a product, or find that it holds it already.
+
+    The product is whole when the file `marker`, JSON with the key `source_hash`, is there; its
+    writer writes that file last and then deletes `STARTED`. Unfinished work of the same source is
+    kept for the writer to go on from; an older product, whole or not, is deleted.
+
+    Args:
+        folder: Made if need be.
+        source_hash: Names the source and the settings that the product is made from.
+        marker: Name of the file that is written last.
+        owned: Patterns of the product's other files.
+
+    Returns:
+        Whether the whole product of this source is there.
+
+    Raises:
+        UserError: If the folder holds files, but neither `marker` nor `STARTED`.
+    """
+    whole, started = _source_hash(folder / marker), _source_hash(folder / STARTED)
+    if whole == source_hash:
+        return True
+    if not is_started(folder, source_hash, marker=marker):
+        folder.mkdir(parents=True, exist_ok=True)
+        if whole is None and started is None and any(folder.iterdir()):
+            raise UserError(
+                f"{folder} must be empty or hold what this command wrote before, found other "
+                f"files; choose another folder or empty it"
+            )
+        for pattern in owned:
+            for path in folder.glob(pattern):
+                path.unlink()
+        write_atomically(folder / STARTED, json.dumps({"source_hash": source_hash}).encode())
+        (folder / marker).unlink(missing_ok=True)
+    for path in folder.glob(".*.part-*"):  # left by a writer that was killed
         path.unlink(missing_ok=True)
+    return False
+
+
+def _source_hash(path: Path) -> str | None:
+    """The source hash in a marker file; None without the file, "" if it cannot be read."""
+    if not path.exists():
+        return None
+    try:
+        return str(json.loads(path.read_bytes())["source_hash"])
+    except (KeyError, TypeError, ValueError):
+        return ""
 
 
 def file_sha256(path: Path) -> str:

@@ -13,15 +13,13 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from configs.errors import UserError
 from configs.schema import WorldConfig
-from data.files import json_sha256, remove_partial_files, write_atomically
+from data.files import STARTED, claim_folder, json_sha256, write_atomically
 from data.truth import (
     CELL,
     COLOR_NAMES,
@@ -54,7 +52,7 @@ BIRD_FRAMES = 3
 """Frames a bird lives; it moves one column per frame."""
 DRAWING_VERSION = 1
 """Part of the hash of a written world: raise it whenever a pixel of any clip changes."""
-MARKER, STARTED, CAPTIONS = "world.json", ".world-started.json", "captions.jsonl"
+MARKER, CAPTIONS = "world.json", "captions.jsonl"
 
 
 @dataclass(frozen=True)
@@ -159,15 +157,9 @@ def write_world(config: WorldConfig, folder: Path, progress: bool = True) -> Non
     Raises:
         UserError: If the folder holds files that are not a world.
     """
-    wanted = {"hash": world_hash(config), "config": asdict(config)}
-    found = _read_record(folder / MARKER)
-    if found == wanted:
+    identity = world_hash(config)
+    if claim_folder(folder, identity, marker=MARKER, owned=("clip-*.mp4", CAPTIONS)):
         return
-    started = _read_record(folder / STARTED)
-    if started != wanted or found is not None:
-        _clear(folder, is_ours=found is not None or started is not None)
-        write_atomically(folder / STARTED, json.dumps(wanted).encode())
-    remove_partial_files(folder)
     lines = []
     for index in tqdm(range(config.clips), desc="world", unit="clip", disable=not progress):
         clip = render_clip(config, index)
@@ -177,7 +169,8 @@ def write_world(config: WorldConfig, folder: Path, progress: bool = True) -> Non
         row = {"file": path.name, "caption": clip.caption, "truth": asdict(clip.truth)}
         lines.append(json.dumps(row) + "\n")
     write_atomically(folder / CAPTIONS, "".join(lines).encode())
-    write_atomically(folder / MARKER, json.dumps(wanted).encode())
+    marker = json.dumps({"source_hash": identity, "config": asdict(config)})
+    write_atomically(folder / MARKER, marker.encode())
     (folder / STARTED).unlink()
 
 
@@ -186,25 +179,3 @@ def _write_clip(path: Path, clip: Clip, fps: int) -> None:
     size = clip.frames.shape[1:3]
     with VideoWriter(path, fps, size, crf=10, preset="ultrafast", pixel_format="yuv444p") as writer:
         writer.write(clip.frames)
-
-
-def _read_record(path: Path) -> dict[str, Any] | None:
-    """The config record in `path`, None if there is none."""
-    if not path.exists():
-        return None
-    record: dict[str, Any] = json.loads(path.read_text())
-    return record
-
-
-def _clear(folder: Path, *, is_ours: bool) -> None:
-    """Empty the folder of an older world, marker first, or make it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not is_ours and any(folder.iterdir()):
-        raise UserError(
-            f"{folder} must be empty or hold a world written before, found other files; "
-            f"choose another folder"
-        )
-    for name in (MARKER, STARTED, CAPTIONS):
-        (folder / name).unlink(missing_ok=True)
-    for path in folder.glob("clip-*.mp4"):
-        path.unlink()

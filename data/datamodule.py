@@ -1,0 +1,224 @@
+"""From latent shards to batches, in an order that nothing can disturb."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from data.order import OrderPlan
+from data.shards import BadSample, BadShard, ShardSet
+
+WORKER_TIMEOUT = 300
+"""Seconds after which a silent loader process is an error and no longer a wait."""
+
+
+@dataclass
+class LatentBatch:
+    """Samples of one step on one rank."""
+
+    latents: Tensor
+    """Clean latents, float32 [B, F, C, H, W]."""
+    text: Tensor
+    """Text vectors, padded with zeros, float32 [B, T, E]."""
+    keys: list[str]
+    seeds: Tensor
+    """Seed of each sample in this epoch, int64 >= 0 [B]: what its noise is drawn from."""
+    meta: list[dict[str, Any]]
+    """The samples' `json`, and `start`: the pixel frame that the first latent shows."""
+
+    def to(self, device: torch.device | str) -> "LatentBatch":
+        """The batch with its tensors on a device; seeds stay on the host, where they are used."""
+        return LatentBatch(
+            latents=self.latents.to(device),
+            text=self.text.to(device),
+            keys=self.keys,
+            seeds=self.seeds,
+            meta=self.meta,
+        )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One clip of a set of latent shards."""
+
+    key: str
+    latents: Tensor
+    """float32 [F, C, H, W]"""
+    text: Tensor
+    """Padded with zeros to the set's text length, float32 [T, E]."""
+    meta: dict[str, Any]
+
+
+def read_sample(shards: ShardSet, index: int) -> Sample:
+    """Read a clip and its text.
+
+    Raises:
+        BadSample: If it is damaged, or was not written by `encode`.
+    """
+    key = shards.entry(index).key
+    members = shards.read(index)
+    try:
+        latents = load(members["latents.safetensors"])["latents"].float()
+        words = load(members["text.safetensors"])["text"].float()
+        meta: dict[str, Any] = json.loads(members["json"])
+        sizes = shards.properties["text"]
+    except (KeyError, ValueError, SafetensorError) as error:
+        raise BadSample(
+            f"{shards.root}::{key} must be an encoded clip, reading it found: {error}; "
+            f"give the folder that `encode` wrote"
+        ) from error
+    text = torch.zeros(sizes["length"], sizes["dim"])
+    text[: len(words)] = words
+    return Sample(key=key, latents=latents, text=text, meta=meta)
+
+
+class LatentBatches(Dataset[LatentBatch]):
+    """The batches of one rank; item t is a pure function of the shards, the seed and t."""
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        plan: OrderPlan,
+        *,
+        batch_size: int,
+        frames: int,
+        rank: int,
+        world: int,
+    ) -> None:
+        """Keep what the batches follow from.
+
+        Args:
+            shards: What `encode` wrote.
+            plan: The order of the samples.
+            batch_size: Samples per batch and rank.
+            frames: Latent frames per sample.
+            rank: Number of this rank.
+            world: Number of ranks.
+
+        Raises:
+            BadShard: If a clip has fewer than `frames` frames.
+        """
+        self.shards = shards
+        self.plan = plan
+        self.batch_size = batch_size
+        self.frames = frames
+        self.rank = rank
+        self.world = world
+        for index in range(len(shards)):
+            entry = shards.entry(index)
+            if entry.frames < frames:
+                raise BadShard(
+                    f"{shards.root}::{entry.key} must have at least {frames} latent frames, found "
+                    f"{entry.frames}; lower the stage's `frames` or encode longer clips"
+                )
+
+    def __getitem__(self, number: int) -> LatentBatch:
+        """Batch number `number` of this rank, counted from the start of the stage."""
+        first = (number * self.world + self.rank) * self.batch_size
+        places = [self.plan.at(first + offset) for offset in range(self.batch_size)]
+        samples = [self._window(epoch, index) for epoch, index in places]
+        return LatentBatch(
+            latents=torch.stack([sample.latents for sample in samples]),
+            text=torch.stack([sample.text for sample in samples]),
+            keys=[sample.key for sample in samples],
+            seeds=torch.tensor([self.plan.sample_seed(epoch, index) for epoch, index in places]),
+            meta=[sample.meta for sample in samples],
+        )
+
+    def _window(self, epoch: int, index: int) -> Sample:
+        """A sample, cut to `frames` frames from a start of its own in each epoch."""
+        sample = read_sample(self.shards, index)
+        spare = len(sample.latents) - self.frames
+        start = int(self.plan.generator("window", epoch, index).integers(spare + 1))
+        shown = sample.meta["clip_start"] + start * sample.meta["every"]
+        return Sample(
+            key=sample.key,
+            latents=sample.latents[start : start + self.frames],
+            text=sample.text,
+            meta={**sample.meta, "start": shown},
+        )
+
+
+class LatentDataModule(L.LightningDataModule):
+    """Latent shards for a Trainer; the whole resume state is the number of the next batch.
+
+    The Trainer must be built with `use_distributed_sampler=False`: ranks are dealt with here.
+    """
+
+    def __init__(
+        self,
+        root: Path | str,
+        *,
+        batch_size: int,
+        frames: int,
+        seed: int,
+        num_batches: int,
+        start_batch: int = 0,
+        workers: int = 0,
+        window_shards: int = 4,
+        rank: int | None = None,
+        world: int | None = None,
+    ) -> None:
+        """Open the shards, so that a damaged set is found before training starts.
+
+        Args:
+            root: Folder that `encode` wrote.
+            batch_size: Samples per batch and rank.
+            frames: Latent frames per sample; longer clips are cut to a window.
+            seed: Fixes order, windows and sample seeds.
+            num_batches: The loader ends before this batch.
+            start_batch: The loader starts at this batch; may be set until the loader is made.
+            workers: Loader processes; 0 reads in this process.
+            window_shards: Shards that are read at the same time.
+            rank: Number of this rank; None = the Trainer's, or 0 without one.
+            world: Number of ranks; None = the Trainer's, or 1 without one.
+
+        Raises:
+            BadShard: If the set is missing or damaged, or a clip is too short.
+        """
+        super().__init__()
+        self.shards = ShardSet(Path(root))
+        self.batch_size = batch_size
+        self.frames = frames
+        self.seed = seed
+        self.num_batches = num_batches
+        self.start_batch = start_batch
+        self.workers = workers
+        self.window_shards = window_shards
+        self.rank = rank
+        self.world = world
+        self.batches()
+
+    def batches(self) -> LatentBatches:
+        """This rank's batches, by number."""
+        attached = self.trainer
+        rank = self.rank if self.rank is not None else attached.global_rank if attached else 0
+        world = self.world if self.world is not None else attached.world_size if attached else 1
+        plan = OrderPlan(self.shards.sizes, self.seed, window=self.window_shards)
+        return LatentBatches(
+            self.shards,
+            plan,
+            batch_size=self.batch_size,
+            frames=self.frames,
+            rank=rank,
+            world=world,
+        )
+
+    def train_dataloader(self) -> DataLoader[LatentBatch]:
+        """Batches start_batch .. num_batches - 1 of this rank, in order."""
+        numbers: Sequence[int] = range(self.start_batch, self.num_batches)
+        return DataLoader(
+            self.batches(),
+            batch_size=None,
+            sampler=numbers,
+            num_workers=self.workers,
+            timeout=WORKER_TIMEOUT if self.workers else 0,
+        )
