@@ -9,6 +9,9 @@ from typing import Any
 
 from configs.checks import check_run, require, require_choice, require_positive
 
+FREE_STAGE_KEYS = ("checkpoint_every", "keep", "sample_every")
+"""Of `StageConfig`: do not change what a stage computes, so they may change while it trains."""
+
 
 @dataclass
 class WorldConfig:
@@ -50,6 +53,9 @@ class SourceConfig:
     """`world` renders the built-in world, `videos` reads `path`."""
     path: str = ""
     """For `videos`: a folder with captions.jsonl, or a JSON-lines file of {"file", "caption"}."""
+    folder: str = ""
+    """Where the files of a list lie, if not beside it; `package:NAME/PATH` means in an installed
+    Python package."""
     world: WorldConfig = field(default_factory=WorldConfig)
     size: list[int] = field(default_factory=lambda: [32, 64])
     """Height and width in pixels; other videos are scaled and cropped to it."""

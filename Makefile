@@ -1,0 +1,32 @@
+# `make demo` and `make test` work on a fresh machine with Python 3.11 or newer; see README.md.
+PYTHON ?= python3
+VENV ?= .venv
+PLAN ?= configs/demo.yaml
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+SINGLE_THREAD := OMP_NUM_THREADS=1
+
+.PHONY: demo test test-slow lint install
+
+demo: $(STAMP)
+	$(BIN)/python -m launch run $(PLAN) $(SET)
+
+test: lint
+	$(SINGLE_THREAD) $(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: $(STAMP)
+	$(SINGLE_THREAD) $(BIN)/python -m pytest -m "slow and not gpu"
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+install: $(STAMP)
+
+# The stamp is written last: an interrupted installation starts over.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e ".[dev]" -c constraints.txt
+	touch $(STAMP)
