@@ -1,0 +1,141 @@
+"""What a run's numbers say in words: the headline, and what must be said against it."""
+
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+from launch.figures import Row, series_of, style_of
+from launch.tables import best, list_of, percent
+
+HEURISTICS = ("fifo", "sink_window", "random", "random_once", "attention_mass")
+"""Policies that learn nothing from a teacher."""
+
+
+def headline(rows: Sequence[Row]) -> tuple[str, str]:
+    """The one number and its sentence, from rows of one stage and length."""
+    budget = max((row["budget_tokens"] for row in rows if row["policy"] != "full"), default=0)
+    here = [row for row in rows if row["policy"] == "full" or row["budget_tokens"] == budget]
+    learned = best(here, lambda row: series_of(row) == "salience")
+    if learned is None:
+        return "&ndash;", "The learned cache was not evaluated in this run."
+    number = f"{100 * learned['identity_accuracy']['mean']:.0f}<small>&thinsp;%</small>"
+    full = best(here, lambda row: row["policy"] == "full")
+    rule = best(here, lambda row: row["policy"] in HEURISTICS)
+    sentence = "of the returning gondolas look right when a learned cache keeps "
+    sentence += f"{_share_in_words(learned['budget_share'])} of a clip&rsquo;s tokens."
+    if rule is not None:
+        sentence += f" The best fixed rule of the same size gets {_mean(rule)}"
+        sentence += f"; keeping everything, {_mean(full)}." if full is not None else "."
+    return number, sentence
+
+
+def _mean(row: Row) -> str:
+    return percent(row["identity_accuracy"]["mean"])
+
+
+def _share_in_words(share: float) -> str:
+    words = {1 / 2: "half", 1 / 3: "a third", 1 / 4: "a quarter", 1 / 5: "a fifth"}
+    for value, word in words.items():
+        if abs(share - value) < 0.01:
+            return word
+    return percent(share)
+
+
+def notes(results: dict[str, Any]) -> str:
+    """The section that says what the numbers do not show."""
+    rows = [row for row in results["policies"] if row["stage"] == results["stages"][0]]
+    shortest = min(row["frames"] for row in rows)
+    rows = [row for row in rows if row["frames"] == shortest]
+    items = [
+        *_rivals(rows),
+        *_controls(rows),
+        *_long(results),
+        *_background(rows),
+        *_limits(results),
+    ]
+    return f"<section><h2>What to keep in mind</h2>{list_of(items, css='notes')}</section>"
+
+
+def _pairs(rows: Sequence[Row], series: str) -> list[tuple[Row, Row]]:
+    """Rows of the learned cache with the row of `series` at the same budget."""
+    other = {row["budget_tokens"]: row for row in rows if series_of(row) == series}
+    return [
+        (row, other[row["budget_tokens"]])
+        for row in rows
+        if series_of(row) == "salience" and row["budget_tokens"] in other
+    ]
+
+
+def _rivals(rows: Sequence[Row]) -> list[str]:
+    parts = [
+        f"{_mean(rival)} against {_mean(row)} at {row['budget_tokens']} tokens"
+        for row, rival in _pairs(rows, "position_prior")
+    ]
+    if not parts:
+        return []
+    return [
+        "<b>The strongest trivial rival</b> looks only at where a token is, with the mean salience "
+        f"of that place and the same age term. It gets {', '.join(parts)}. It uses the teacher, "
+        "so it is not counted among the fixed rules."
+    ]
+
+
+def _controls(rows: Sequence[Row]) -> list[str]:
+    parts = []
+    for series in ("untrained_head", "inverted_head"):
+        values = [_mean(other) for _, other in _pairs(rows, series)]
+        if values:
+            parts.append(f"{style_of(series).label} {' / '.join(values)}")
+    if not parts:
+        return []
+    return [f"<b>Sanity checks</b>, in the order of budgets: {'; '.join(parts)}."]
+
+
+def _long(results: dict[str, Any]) -> list[str]:
+    longest = max(row["frames"] for row in results["policies"])
+    trained = results["world"]["training_frames"]
+    rows = [row for row in results["policies"] if row["frames"] == longest]
+    if longest <= trained or not rows:
+        return []
+    top = best(rows, lambda row: True)
+    assert top is not None
+    return [
+        f"<b>Beyond the trained length</b> of {trained} frames every cache loses accuracy, the "
+        f"full one too: it reads tokens from further back than any it was trained on. Best at "
+        f"{longest} frames: {escape(style_of(series_of(top)).label)} after "
+        f"&ldquo;{escape(top['stage'])}&rdquo;, {_mean(top)}."
+    ]
+
+
+def _background(rows: Sequence[Row]) -> list[str]:
+    budget = max((row["budget_tokens"] for row in rows if row["policy"] != "full"), default=0)
+    here = {series_of(row): row for row in rows if row["budget_tokens"] == budget}
+    if "salience" not in here:
+        return []
+    mine = here["salience"]["background_drift"]
+    calmer = [
+        escape(style_of(series).label)
+        for series, row in here.items()
+        if row["background_drift"] < 0.9 * mine and not series.startswith("salience")
+    ]
+    if not calmer:
+        return []
+    return [
+        "<b>The background</b> is kept better by other caches of the same size: "
+        f"{', '.join(calmer)}. The learned cache spends its tokens on gondolas."
+    ]
+
+
+def _limits(results: dict[str, Any]) -> list[str]:
+    world = results["world"]
+    seeds = {row["train_seed"] for row in results["policies"]}
+    return [
+        f"<b>{len(seeds)} training seed{'s' if len(seeds) > 1 else ''}.</b> The spread shown is "
+        "over clips and rollout noise (sample standard deviation), not over trainings.",
+        f"<b>The world is small</b>: {world['tokens_per_frame']} tokens per frame, a fixed period. "
+        "A model can find a gondola by how long ago it was, without comparing what it looked like.",
+        "<b>Published</b>: reading salience off a bidirectional teacher, split into later, same "
+        "and earlier blocks, and a small head that predicts it. <b>Ours</b>: the age term, the "
+        "standardisation, the noise level of the teacher, the shape of the head. No public "
+        "implementation exists to compare with.",
+    ]

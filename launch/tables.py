@@ -1,0 +1,163 @@
+"""Tables of the report as HTML."""
+
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from launch.figures import Row, series_of, style_of
+
+LEFT = ("stage", "policy", "student")
+"""Headings of columns that hold names."""
+
+
+def percent(share: float) -> str:
+    """`0.932` as `93 %`."""
+    return f"{100 * share:.0f}&nbsp;%"
+
+
+def spread(value: Mapping[str, float]) -> str:
+    """Mean and standard deviation in per cent."""
+    return f"{100 * value['mean']:.1f} <small>&plusmn; {100 * value['std']:.1f}</small>"
+
+
+def name_cell(series: str) -> str:
+    """First cell of a row: the colour of the series, and its name."""
+    label = escape(style_of(series).label)
+    return f'<td><i style="background:var(--c-{series}, #888)"></i>{label}</td>'
+
+
+def accuracy_cell(row: Row | None) -> str:
+    """Identity accuracy with a bar behind it, empty if the row does not exist."""
+    if row is None:
+        return "<td></td>"
+    value = row["identity_accuracy"]
+    series = series_of(row)
+    return (
+        f'<td class="bar" style="--share:{100 * value["mean"]:.1f}%;--bar:var(--c-{series}, #888)">'
+        f"{spread(value)}</td>"
+    )
+
+
+def table(head: Sequence[str], rows: Sequence[str]) -> str:
+    """A table that scrolls sideways on narrow screens; cells are HTML."""
+    top = "".join(f"<th{' class=left' if cell in LEFT else ''}>{cell}</th>" for cell in head)
+    body = "".join(rows)
+    return (
+        f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
+
+
+def policy_table(rows: Sequence[Row]) -> str:
+    """All policies of one stage and length: accuracy per budget, the rest at the largest budget."""
+    budgets = sorted({row["budget_tokens"] for row in rows if row["policy"] != "full"})
+    largest: dict[str, Row] = {}
+    accuracy: dict[tuple[str, int], Row] = {}
+    for row in sorted(rows, key=lambda row: row["budget_tokens"]):
+        series = series_of(row)
+        largest[series] = row
+        accuracy[series, row["budget_tokens"]] = row
+    for budget in budgets:
+        if "full" in largest:
+            accuracy["full", budget] = largest["full"]
+    ranked = sorted(largest, key=lambda s: -largest[s]["identity_accuracy"]["mean"])
+    lines = []
+    for series in ranked:
+        row = largest[series]
+        cells = [accuracy_cell(accuracy.get((series, budget))) for budget in budgets]
+        cells += [f"<td>{cell}</td>" for cell in _details(row)]
+        mark = ' class="best"' if series == "salience" else ""
+        lines.append(f"<tr{mark}>{name_cell(series)}{''.join(cells)}</tr>")
+    head = ["policy", *[_budget_head(rows, budget) for budget in budgets]]
+    head += [
+        "age<br>weight",
+        "wheel out<br>of phase",
+        "background<br>drift",
+        "cache<br>KiB / video",
+    ]
+    return table([*head, "frames<br>per second"], lines)
+
+
+def _details(row: Row) -> list[str]:
+    age = "" if row["age_weight"] is None else f"{row['age_weight']:g}"
+    return [
+        age,
+        percent(row["position_error"]),
+        f"{row['background_drift']:.3f}",
+        f"{row['kv_bytes'] / 1024:.0f}",
+        f"{row['frames_per_second']:.0f}",
+    ]
+
+
+def _budget_head(rows: Sequence[Row], budget: int) -> str:
+    share = next(row["budget_share"] for row in rows if row["budget_tokens"] == budget)
+    return f"{budget} tokens<br><small>{percent(share)} of a clip</small>"
+
+
+def stage_table(rows: Sequence[Row], *, stages: Sequence[str], budget: int) -> str:
+    """Accuracy of each stage and policy at one budget, one column per length of the rollout."""
+    lengths = sorted({row["frames"] for row in rows})
+    found = {
+        (row["stage"], series_of(row), row["frames"]): row
+        for row in rows
+        if row["policy"] == "full" or row["budget_tokens"] == budget
+    }
+    kinds = list(dict.fromkeys(series for _, series, _ in found))
+    shared = [s for s in kinds if len({stage for stage, x, _ in found if x == s}) > 1]
+    lines = []
+    for stage in stages:
+        for number, series in enumerate(shared or kinds):
+            here = [found.get((stage, series, frames)) for frames in lengths]
+            if not any(here):
+                continue
+            first = f"<td>{escape(stage) if number == 0 else ''}</td>"
+            again = next((row for row in reversed(here) if row), None)
+            assert again is not None
+            repeated = f"<td>{spread(again['previous_revolution_accuracy'])}</td>"
+            cells = "".join(accuracy_cell(row) for row in here)
+            policy = name_cell(series).replace("<td>", '<td style="text-align:left">', 1)
+            lines.append(f"<tr>{first}{policy}{cells}{repeated}</tr>")
+    head = ["stage", "policy", *[f"{frames} frames" for frames in lengths]]
+    return table([*head, "repeats its own<br>last revolution"], lines)
+
+
+def quality_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Few steps against many: accuracy, pixel error, checker contrast."""
+    lines = [
+        f"<tr><td>{escape(row['stage'])}</td><td>{row['steps']}</td>{accuracy_cell(row)}"
+        f"<td>{row['pixel_error']:.4f}</td><td>{row['checker_contrast']:.2f}</td></tr>"
+        for row in rows
+    ]
+    head = ["student", "steps<br>per block", "right gondola", "pixel error<br>to nearest"]
+    return table([*head, "checker contrast<br><small>1 = sharp</small>"], lines)
+
+
+def head_table(scores: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    """A head's agreement with its targets: a row per part, a column per layer.
+
+    Args:
+        scores: `spearman` and `recall_at_budget`, each part to a value per layer.
+    """
+    depth = max(len(values) for parts in scores.values() for values in parts.values())
+    titles = {"spearman": "rank correlation", "recall_at_budget": "recall at the budget"}
+    lines = []
+    for metric, parts in scores.items():
+        for part, values in parts.items():
+            cells = "".join(_heat(value, f"{value:.2f}") for value in values)
+            label = f"{titles.get(metric, metric)}, <b>{escape(part)}</b>"
+            lines.append(f"<tr><td>{label}</td>{cells}</tr>")
+    return table(["", *[f"layer {number}" for number in range(depth)]], lines)
+
+
+def _heat(value: float, text: str) -> str:
+    return f'<td class="heat" style="--level:{min(max(value, 0), 1):.2f}">{text}</td>'
+
+
+def list_of(items: Sequence[str], *, css: str) -> str:
+    """An unordered list of HTML items."""
+    return f'<ul class="{css}">' + "".join(f"<li>{item}</li>" for item in items) + "</ul>"
+
+
+def best(rows: Sequence[Row], wanted: Callable[[Row], bool]) -> Row | None:
+    """The row of highest identity accuracy among those wanted."""
+    chosen = [row for row in rows if wanted(row)]
+    return max(chosen, key=lambda row: row["identity_accuracy"]["mean"], default=None)

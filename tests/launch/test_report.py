@@ -1,0 +1,295 @@
+"""The report, built from numbers that are made up here and never shipped."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from configs.errors import UserError
+from configs.schema import WorldConfig
+from data.truth import truth_at
+from data.video import VideoWriter
+from data.world import render_clip
+from launch.figures import shares_by_age, style_of
+from launch.material import read_material, read_rows
+from launch.pictures import stack_panels
+from launch.report import build_page, write_report
+
+FRAMES, PREFIX, PERIOD, BLOCK = 96, 24, 20, 2
+SKILL = {
+    "full": 0.99,
+    "salience": 0.9,
+    "salience_all": 0.93,
+    "position_prior": 0.7,
+    "attention_mass": 0.19,
+    "random": 0.3,
+    "random_once": 0.33,
+    "sink_window": 0.1,
+    "fifo": 0.09,
+    "untrained_head": 0.12,
+    "inverted_head": 0.1,
+}
+PANELS = ("truth", "full", "sink_window", "random", "salience")
+
+
+def made_up_row(series: str, *, budget: int, frames: int, stage: str, skill: float) -> dict:
+    policy = "salience" if series.startswith("salience") else series
+    weights = {"salience": [1.0, 0.0, 0.0], "salience_all": [1.0, 1.0, 1.0]}.get(series)
+    held = frames * 8 if policy == "full" else budget
+    turns = (frames - PREFIX) // PERIOD
+    accuracy = [max(0.083, skill - 0.02 * turn) for turn in range(turns)]
+    return {
+        "policy": policy,
+        "frames": frames,
+        "stage": stage,
+        "train_seed": 0,
+        "rollout_seeds": [0, 1, 2],
+        "budget_tokens": held,
+        "budget_share": held / 384,
+        "weights": weights,
+        "age_weight": 0.05 if weights or policy == "position_prior" else None,
+        "steps": 4,
+        "identity_accuracy": {"mean": float(np.mean(accuracy)), "std": 0.02},
+        "accuracy_per_revolution": accuracy,
+        "previous_revolution_accuracy": {"mean": skill, "std": 0.02},
+        "position_error": 0.1,
+        "background_drift": 0.02,
+        "pixel_error": 0.01,
+        "checker_contrast": 0.9,
+        "kv_bytes": held * 3 * 2 * 64 * 4,
+        "frames_per_second": 700.0,
+    }
+
+
+def made_up_results() -> dict:
+    rows = [
+        made_up_row(s, budget=budget, frames=96, stage="causal_head", skill=skill * factor)
+        for s, skill in SKILL.items()
+        for budget, factor in ((96, 0.85), (128, 1.0))
+        if s != "full" or budget == 128
+    ]
+    for stage in ("distill_head", "streaming", "control"):
+        for series in ("full", "salience", "sink_window"):
+            for frames, factor in ((96, 1.0), (240, 0.8), (480, 0.6)):
+                skill = SKILL[series] * factor
+                rows.append(
+                    made_up_row(series, budget=128, frames=frames, stage=stage, skill=skill)
+                )
+    quality = [
+        made_up_row("full", budget=128, frames=96, stage=stage, skill=0.9) | {"steps": steps}
+        for stage in ("causal_head", "distill_head")
+        for steps in (1, 2, 32)
+    ]
+    layers = {part: [0.3, 0.65, 0.5] for part in ("later", "within", "earlier")}
+    head = dict.fromkeys(("causal_head", "distill_head"), layers)
+    return {
+        "name": "made-up",
+        "plan": ["teacher", "causal"],
+        "stages": ["causal_head", "distill_head", "streaming", "control"],
+        "world": {
+            "identities": 10,
+            "period": PERIOD,
+            "frames_shown": 2,
+            "prefix_frames": PREFIX,
+            "training_frames": 48,
+            "tokens_per_frame": 8,
+            "frames_per_block": BLOCK,
+            "chance": 1 / 12,
+        },
+        "policies": rows,
+        "quality": quality,
+        "head": {"budget_share": 0.25, "spearman": head, "recall_at_budget": head},
+    }
+
+
+def write_made_up_videos(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    draw = np.random.default_rng(0)
+    clips = []
+    for index in range(2):
+        clip = render_clip(WorldConfig(frames=FRAMES), index)
+        lit = truth_at(clip.truth, range(FRAMES)).lit
+        panels, videos = [], []
+        for series in PANELS:
+            right = draw.random(FRAMES) < SKILL.get(series, 1.0)
+            right[:PREFIX] = True
+            shown = np.stack(
+                [clip.frames[t] if right[t] else clip.frames[t - 6] for t in range(FRAMES)]
+            )
+            videos.append(shown)
+            word = "".join("01"[int(x)] for x in right)
+            panels.append(
+                {
+                    "series": series,
+                    "about": "" if series == "truth" else "128 tokens",
+                    "correct": word,
+                }
+            )
+        video = stack_panels(videos)
+        name = f"clip-{index}.mp4"
+        with VideoWriter(folder / name, 8, video.shape[1:3], scale=4, crf=20) as writer:
+            writer.write(video)
+        clips.append({"file": name, "lit": lit.tolist(), "panels": panels})
+    about = {
+        "fps": 8,
+        "frames": FRAMES,
+        "prefix_frames": PREFIX,
+        "period": PERIOD,
+        "budget_tokens": 128,
+        "grid": [2, 4],
+        "clips": clips,
+    }
+    (folder / "clips.json").write_text(json.dumps(about))
+
+
+def made_up_kept(series: str) -> np.ndarray:
+    draw = np.random.default_rng(1)
+    kept = np.zeros((FRAMES // BLOCK, FRAMES, 2, 4))
+    lot = draw.random((FRAMES, 2, 4))
+    for block in range(len(kept)):
+        newest = (block + 1) * BLOCK
+        age = newest - np.arange(FRAMES)
+        if series == "full":
+            value = np.ones((FRAMES, 2, 4))
+        elif series == "sink_window":
+            value = np.broadcast_to((age <= 15)[:, None, None], (FRAMES, 2, 4)).astype(float)
+        elif series == "random":
+            value = (lot < np.exp(-age / 14)[:, None, None]).astype(float)
+        else:
+            value = np.zeros((FRAMES, 2, 4))
+            value[:, 1, 1:3] = np.exp(-((age / 38.0) ** 6))[:, None]
+        kept[block] = np.where((age > 0)[:, None, None], value, 0)
+        kept[block, 0] = 1
+    return (255 * kept).astype(np.uint8)
+
+
+def write_made_up_run(run: Path) -> Path:
+    folder = run / "evaluate"
+    write_made_up_videos(folder / "videos")
+    (folder / "results.json").write_text(json.dumps(made_up_results()))
+    kept = {
+        series: made_up_kept(series) for series in ("full", "sink_window", "random", "salience")
+    }
+    save_file(kept, folder / "kept.safetensors")
+    clip = render_clip(WorldConfig(frames=FRAMES), 0)
+    draw = np.random.default_rng(2)
+    target = 0.2 * draw.standard_normal((10, 2, 4))
+    lit = truth_at(clip.truth, range(20, 30)).lit.numpy()
+    target[np.arange(10), lit[:, 0], lit[:, 1]] += 2
+    arrays = {
+        "frames": clip.frames,
+        "salience_frames": clip.frames[20:30].copy(),
+        "target": target.astype(np.float32),
+        "predicted": (target + 0.3 * draw.standard_normal(target.shape)).astype(np.float32),
+        "layer": np.array([1]),
+        "phase": np.array([clip.truth.phase]),
+    }
+    save_file(arrays, folder / "salience.safetensors")
+    for stage, names in (
+        ("teacher", ["loss"]),
+        ("causal", ["loss"]),
+        ("distill", ["student_loss", "critic_loss"]),
+    ):
+        (run / stage).mkdir()
+        rows = [
+            {"step": step} | {n: 1 / (1 + step / 50) + 0.1 * k for k, n in enumerate(names)}
+            for step in range(0, 500, 10)
+        ]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (run / stage / "metrics.jsonl").write_text(text + '{"step": 500, "lo')
+    return run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_made_up_run(tmp_path_factory.mktemp("runs") / "made-up")
+
+
+@pytest.fixture(scope="module")
+def page(run: Path) -> str:
+    return write_report(run).read_text()
+
+
+def test_page_needs_nothing_beside_it(page: str):
+    references = re.findall(r"""(?:\b(?:src|href)=|url\()["']?([^"')\s>]+)""", page)
+    outside = [r for r in references if not r.startswith(("data:", "#"))]
+    assert not outside
+    # The namespaces of SVG are names, not addresses.
+    assert not re.search(r"https?://(?!www\.w3\.org/)", page)
+    assert "{{" not in page
+
+
+def test_same_run_gives_the_same_bytes(run: Path, page: str):
+    assert build_page(read_material(run)) == page
+
+
+def test_headline_is_the_accuracy_at_the_largest_budget(page: str):
+    headline = re.search(r'class="number">(.*?)</p>', page)
+    row = next(
+        r
+        for r in made_up_results()["policies"]
+        if r["weights"] == [1.0, 0.0, 0.0] and r["budget_tokens"] == 128
+    )
+    assert headline is not None
+    assert headline[1].startswith(f"{100 * row['identity_accuracy']['mean']:.0f}<")
+    assert "a third of a clip" in page
+
+
+def test_every_policy_stage_and_video_is_on_the_page(page: str):
+    for series in SKILL:
+        assert style_of(series).label in page
+    for stage in made_up_results()["stages"]:
+        assert stage in page
+    assert page.count("<video ") == 2
+    data = json.loads(re.search(r'id="clips">(.*?)</script>', page)[1])
+    assert len(data["clips"][0]["lit"]) == FRAMES
+    assert all(len(panel["correct"]) == FRAMES for panel in data["clips"][1]["panels"])
+
+
+def test_ids_on_the_page_are_unique(page: str):
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+
+
+def test_a_policy_without_a_style_is_shown_under_its_own_name(run: Path):
+    material = read_material(run)
+    row = made_up_row("brand_new", budget=128, frames=96, stage="causal_head", skill=0.5)
+    material.results["policies"].append(row)
+    assert "brand new" in build_page(material)
+
+
+def test_page_is_made_of_results_alone_where_pictures_are_missing(run: Path, tmp_path: Path):
+    (tmp_path / "evaluate").mkdir()
+    shutil.copy(run / "evaluate" / "results.json", tmp_path / "evaluate")
+    page = write_report(tmp_path).read_text()
+    assert "All policies" in page
+    assert "<video " not in page
+
+
+def test_page_without_the_learned_policy_says_so(run: Path):
+    material = read_material(run)
+    rows = material.results["policies"]
+    rows[:] = [row for row in rows if row["policy"] == "sink_window"]
+    assert "was not evaluated" in build_page(material)
+
+
+def test_torn_last_row_of_metrics_is_left_out(run: Path):
+    assert len(read_rows(run / "teacher" / "metrics.jsonl")) == 50
+
+
+def test_run_without_results_is_an_error_of_the_user(tmp_path: Path):
+    with pytest.raises(UserError, match=r"results\.json.*evaluate the run first"):
+        write_report(tmp_path)
+
+
+def test_ages_of_what_is_kept_are_counted_back_from_the_newest_frame():
+    share = np.zeros((2, 4))
+    share[0, 0], share[1, 3] = 0.25, 0.75
+    by_age = shares_by_age(share, frames_per_block=2, max_age=4)
+    assert by_age[1, 0] == 0.25  # frame 0 after the block of frames 0 and 1
+    assert by_age[0, 1] == 0.75  # frame 3, the newest of the second block
+    assert np.isnan(by_age[2:, 0]).all()
