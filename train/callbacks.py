@@ -288,8 +288,13 @@ def write_video(path: Path, frames: Tensor, *, fps: int) -> None:
 
 
 def _headline(stage: Stage) -> str:
-    """The first value that the stage reported for its last step."""
-    for key, value in stage.metrics.latest.items():
-        if not key.endswith(("_seconds", "_per_second")):
-            return f"{key} {value:.4g}"
-    return "no loss yet"
+    """The first loss that the stage reported for its last step, or its first value."""
+    values = {
+        key: value
+        for key, value in stage.metrics.latest.items()
+        if not key.endswith(("_seconds", "_per_second"))
+    }
+    if not values:
+        return "no loss yet"
+    key = next((key for key in values if "loss" in key), next(iter(values)))
+    return f"{key} {values[key]:.4g}"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from configs.load import to_dict
-from configs.schema import RunConfig
+from configs.schema import FREE_STAGE_KEYS, RunConfig
 from train import checkpoint
 from train.callbacks import Checkpoints, Progress, Records, SampleVideos, StopSignals
 from train.stage import Stage
@@ -23,15 +23,13 @@ CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
 METRICS = "metrics.jsonl"
 
-FREE_STAGE_KEYS = ("checkpoint_every", "keep", "sample_every")
-"""Of `StageConfig`: may change between the runs that make up one training."""
-
 QUIET_LINES = (
     "GPU available:",
     "TPU available:",
     "HPU available:",
     "💡 Tip:",
     "`Trainer.fit` stopped",
+    "`Trainer(limit_train_batches",
     "initializing deepspeed distributed",
 )
 """Beginnings of Lightning's log lines that tell nothing about this run."""

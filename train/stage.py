@@ -120,7 +120,7 @@ class Stage(L.LightningModule):
     def update(self, batch: Any, step: int) -> dict[str, float | Tensor]:
         """Do step number `step` (from 0) on `batch`; return the terms to report, scalars.
 
-        The first key is the one that the progress bar shows.
+        The progress bar shows the first key with `loss` in it.
         """
         raise NotImplementedError(f"{type(self).__name__} must define update(batch, step)")
 
