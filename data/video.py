@@ -12,12 +12,18 @@ from typing import Any, Self
 import av
 import decord
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch.nn.functional import interpolate
 
 from configs.errors import UserError
 
 Frames = NDArray[np.uint8]
 """[F, H, W, 3], RGB."""
+
+
+CHUNK = 16
+"""Frames that are held at their own size at the same time."""
 
 
 class BadVideo(UserError):
@@ -48,12 +54,14 @@ def check_video(path: Path) -> VideoInfo:
         raise BadVideo(f"{path} must be a video file, found nothing there; correct the path")
     try:
         with av.open(str(path), options={"err_detect": "explode"}) as container:
-            return _decode_all(path, container)
+            info = _decode_all(path, container)
     except (av.FFmpegError, EOFError) as error:
         raise BadVideo(
             f"{path} must be a whole video, decoding it found: {error}; "
             f"copy or download the file again, or leave it out"
         ) from error
+    read_video(path, frames=[0, info.frames - 1])  # the reader of the training data agrees
+    return info
 
 
 def _decode_all(path: Path, container: Any) -> VideoInfo:
@@ -96,46 +104,49 @@ def read_video(
             cut out. The video's own size if None.
         name: What to call the video in an error, if `source` is content.
 
+    Returns:
+        The frames, [F, H, W, 3].
+
     Raises:
         BadVideo: If the video cannot be decoded or has no such frame.
     """
     name = name or (str(source) if isinstance(source, Path) else "video")
+    content = io.BytesIO(source) if isinstance(source, bytes) else str(source)
     try:
-        height, width = size or (0, 0)
-        reader, native = _open(source)
-        if size and native != (height, width):
-            scale = max(height / native[0], width / native[1])
-            covering = max(height, round(native[0] * scale)), max(width, round(native[1] * scale))
-            reader, native = _open(source, height=covering[0], width=covering[1])
-        if frames is not None and frames and not 0 <= min(frames) <= max(frames) < len(reader):
+        reader = decord.VideoReader(content, ctx=decord.cpu(0), num_threads=1)
+        wanted = list(range(len(reader)) if frames is None else frames)
+        if not wanted or not 0 <= min(wanted) <= max(wanted) < len(reader):
             raise BadVideo(
-                f"{name} must hold the frames {min(frames)} to {max(frames)}, found "
-                f"{len(reader)} frames; ask for fewer, or ingest the video again"
+                f"{name} must hold all of the frames {wanted[:1]} .. {wanted[-1:]}, found "
+                f"{len(reader)} frames; ask for others, or ingest the video again"
             )
-        pixels = reader.get_batch(range(len(reader)) if frames is None else list(frames)).asnumpy()
+        chunks = [
+            _fit(reader.get_batch(wanted[first : first + CHUNK]).asnumpy(), size)
+            for first in range(0, len(wanted), CHUNK)
+        ]
     except (RuntimeError, IndexError, decord.DECORDError) as error:
         raise BadVideo(
-            f"{name} must be a video that decord reads, decoding it found: "
-            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}; "
-            f"copy or download the file again"
+            f"{name} must be a video that decord reads, found: {' '.join(str(error).split())}; "
+            f"copy or download the file again, or scale it to another width"
         ) from error
-    if size is None:
+    return np.concatenate(chunks)
+
+
+def _fit(pixels: Frames, size: Sequence[int] | None) -> Frames:
+    """Scale frames to cover `size`, height and width, and cut out the centre."""
+    if size is None or pixels.shape[1:3] == tuple(size):
         return pixels
-    top, left = (pixels.shape[1] - height) // 2, (pixels.shape[2] - width) // 2
-    return np.ascontiguousarray(pixels[:, top : top + height, left : left + width])
-
-
-def _open(
-    source: bytes | Path, *, height: int = -1, width: int = -1
-) -> tuple[Any, tuple[int, int]]:
-    """A decord reader that scales to the given size (-1 = as is), and the size of its frames."""
-    content = io.BytesIO(source) if isinstance(source, bytes) else str(source)
-    reader = decord.VideoReader(
-        content, ctx=decord.cpu(0), width=width, height=height, num_threads=1
-    )
-    found = reader[0].shape
-    reader.seek(0)
-    return reader, (found[0], found[1])
+    height, width = size
+    scale = max(height / pixels.shape[1], width / pixels.shape[2])
+    covering = [
+        max(height, round(pixels.shape[1] * scale)),
+        max(width, round(pixels.shape[2] * scale)),
+    ]
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float()  # [F, 3, H, W]
+    images = interpolate(images, covering, mode="bicubic", align_corners=False, antialias=True)
+    top, left = (covering[0] - height) // 2, (covering[1] - width) // 2
+    images = images[:, :, top : top + height, left : left + width]
+    return images.round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
 
 
 class VideoWriter:
