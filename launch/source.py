@@ -1,7 +1,7 @@
-"""Where the videos of a run come from: the built-in world, a folder, a list, or a package."""
+"""Where the videos of a run lie: beside their list, in a folder, or in a Python package."""
 
-import hashlib
 import json
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -9,81 +9,69 @@ from typing import Any
 from configs.errors import UserError
 from configs.load import nearest
 from configs.schema import SourceConfig
+from data.files import write_atomically
+from data.ingest import VideoRow, read_list
 
 PACKAGE = "package:"
-CAPTIONS = "captions.jsonl"
 
 
-def captions_file(source: SourceConfig) -> Path:
-    """The JSON-lines file that lists videos and captions.
+def list_videos(source: SourceConfig) -> list[VideoRow]:
+    """The videos of a source of kind `videos`, all of which exist.
 
     Raises:
-        UserError: If there is none at `source.path`.
+        UserError: If the list, its folder or a video is missing, or a line is malformed.
     """
-    if not source.path:
-        raise UserError(
-            "source.path must name a folder of videos or a list of them, found nothing; "
-            "set source.path=... or source.kind=world"
-        )
     path = Path(source.path)
-    file = path / CAPTIONS if path.is_dir() else path
-    if not file.is_file():
-        beside = [str(other) for other in path.parent.glob("*")] if path.parent.is_dir() else []
-        wanted = f"hold {CAPTIONS}" if path.is_dir() else "exist"
-        hint = "" if path.is_dir() else nearest(str(path), beside)
-        hint = hint or "; write one with a line {'file': ..., 'caption': ...} per video"
-        raise UserError(f"source.path={source.path!r} must {wanted}, found no such file{hint}")
-    return file
+    if not source.path or not path.exists():
+        beside = [str(other) for other in path.parent.glob("*")] if source.path else []
+        raise UserError(
+            f"source.path must be a folder with captions.jsonl or a list of videos, found "
+            f"{source.path!r}, which does not exist{nearest(str(path), beside)}"
+        )
+    rows = read_list(path)
+    if source.folder:
+        start, folder = path if path.is_dir() else path.parent, find_folder(source.folder)
+        rows = [replace(row, path=folder / row.path.relative_to(start)) for row in rows]
+    missing = [str(row.path) for row in rows if not row.path.is_file()]
+    if missing:
+        raise UserError(
+            f"every video of {str(path)!r} must exist, found no file {missing[0]!r} "
+            f"({len(missing)} of {len(rows)} are missing); correct the list or source.folder"
+        )
+    return rows
 
 
-def videos_folder(source: SourceConfig) -> Path:
-    """The folder to which the list's file names are relative.
+def find_folder(name: str) -> Path:
+    """The folder that `source.folder` means; `package:NAME/PATH` is looked up without an import.
 
     Raises:
-        UserError: If `source.folder` names a package that is not installed, or no folder.
+        UserError: If the package is not installed or the folder does not exist.
     """
-    if not source.folder:
-        return captions_file(source).parent
-    folder = Path(source.folder)
-    if source.folder.startswith(PACKAGE):
-        name, _, inside = source.folder.removeprefix(PACKAGE).partition("/")
-        spec = find_spec(name)
+    folder = Path(name)
+    if name.startswith(PACKAGE):
+        package, _, inside = name.removeprefix(PACKAGE).partition("/")
+        spec = find_spec(package)
         if spec is None or spec.origin is None:
             raise UserError(
-                f"source.folder={source.folder!r} needs the Python package {name!r}, found none; "
-                "install it with `pip install -e .[dev] -c constraints.txt`"
+                f"source.folder={name!r} needs the Python package {package!r}, found none; install "
+                "it with `pip install -e .[dev] -c constraints.txt`"
             )
         folder = Path(spec.origin).parent / inside
     if not folder.is_dir():
-        raise UserError(f"source.folder={source.folder!r} must be a folder, found none at {folder}")
+        raise UserError(f"source.folder={name!r} must be a folder, found none at {str(folder)!r}")
     return folder
 
 
-def source_fingerprint(source: SourceConfig) -> dict[str, Any]:
-    """What the shards depend on: the list, and the name and size of every video in it.
+def fingerprint(rows: list[VideoRow]) -> list[Any]:
+    """What the shards depend on: order, captions, and the name and size of every video.
 
-    Sizes rather than contents, so that the plan of a large collection is known in seconds; the
-    ingest hashes what it reads.
-
-    Raises:
-        UserError: If the list or a video is missing, or a line is not a JSON object with a file.
+    Sizes rather than contents, so that the plan of a large collection is known in seconds.
     """
-    file, folder = captions_file(source), videos_folder(source)
-    text = file.read_text()
-    sizes = {}
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            name = str(json.loads(line)["file"])
-            sizes[name] = (folder / name).stat().st_size
-        except (ValueError, KeyError, TypeError):
-            raise UserError(
-                f"{file}, line {number} must be a JSON object with 'file' and 'caption', found "
-                f"{line[:60]!r}"
-            ) from None
-        except FileNotFoundError:
-            raise UserError(
-                f"{file}, line {number} must name a video in {folder}, found none: {name!r}"
-            ) from None
-    return {"list": hashlib.sha256(text.encode()).hexdigest(), "sizes": sizes}
+    return [[row.path.name, row.path.stat().st_size, row.caption, row.extra] for row in rows]
+
+
+def write_list(rows: list[VideoRow], path: Path) -> None:
+    """Write a list of videos with full paths, for `data.ingest.ingest`."""
+    lines = [{**row.extra, "file": str(row.path.resolve()), "caption": row.caption} for row in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines).encode())

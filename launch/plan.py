@@ -1,0 +1,221 @@
+"""The plan of a run: from a config to the steps that carry it out."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from configs.errors import ConfigError
+from configs.load import config_hash, nearest, parse_section, save_config, to_dict
+from configs.schema import FREE_STAGE_KEYS, RunConfig
+from data.ingest import encode, ingest
+from launch.export import find_export, read_manifest
+from launch.source import fingerprint, list_videos, write_list
+from launch.steps import Step, is_leader, run_one_step, run_steps
+
+
+def run_folder(config: RunConfig) -> Path:
+    """Where a run keeps everything."""
+    return Path(config.runs_dir) / config.name
+
+
+def plan_steps(config: RunConfig) -> list[Step]:
+    """Every step of the run in order: data, stages, evaluation, report.
+
+    Raises:
+        UserError: If the videos or an export that the plan starts from are missing.
+    """
+    steps = _data_steps(config)
+    steps += [_stage_step(config, name) for name in config.stages]
+    if config.evaluate.stages:
+        steps += _closing_steps(config)
+    return steps
+
+
+def run(config: RunConfig) -> None:
+    """Carry out the whole plan; skip what is complete, continue what was interrupted.
+
+    Raises:
+        UserError: If the plan cannot work, or another process is at work in the run folder.
+    """
+    run_steps(plan_steps(config), root=run_folder(config), check=lambda: check_stages(config))
+
+
+def run_one(config: RunConfig, name: str) -> None:
+    """Carry out one step, whose parents must be complete.
+
+    Raises:
+        UserError: If there is no such step, a parent is not complete, the plan cannot work, or
+            another process is at work in the run folder.
+    """
+    steps = plan_steps(config)
+    names = [step.name for step in steps]
+    if name not in names:
+        raise ConfigError(f"the plan has the steps {names}, found {name!r}{nearest(name, names)}")
+    run_one_step(steps, name, root=run_folder(config), check=lambda: check_stages(config))
+
+
+def check_stages(config: RunConfig) -> None:
+    """Raise `ConfigError` if a stage is of no known kind or its params are wrong."""
+    from launch.build import stage_type
+
+    for name, stage in config.stages.items():
+        cls = stage_type(stage.kind)
+        parse_section(cls.params_type, stage.params, key=f"stages.{name}.params")
+        wanted = sorted(cls.network_sources)
+        if sorted(stage.optimizers) != wanted:
+            raise ConfigError(
+                f"stages.{name}.optimizers must name the networks that it trains, {wanted}, "
+                f"found {sorted(stage.optimizers)}"
+            )
+
+
+def data_folder(config: RunConfig) -> Path:
+    """Where the world and the shards of a run lie."""
+    return run_folder(config) / "data"
+
+
+def _data_steps(config: RunConfig) -> list[Step]:
+    data, source = data_folder(config), config.source
+    shards = {"samples_per_shard": config.data.samples_per_shard}
+    cut = {key: getattr(source, key) for key in ("size", "frames", "stride", "every")}
+    steps: list[Step] = []
+    videos: list[Any] = []
+    if source.kind == "world":
+        steps.append(
+            _data_step("world", data / "world", source.world, lambda: _write_world(config))
+        )
+    else:
+        videos = fingerprint(list_videos(source))
+    ingested = {"videos": videos, "min_frames": _min_frames(config)} | shards
+    raw = data / "raw"
+    steps.append(_data_step("ingest", raw, ingested, lambda: _ingest(config), *steps))
+    encoded = {"codec": config.codec, "text": config.text} | cut | shards
+    latents = data / "latents"
+    steps.append(_data_step("encode", latents, encoded, lambda: _encode(config), steps[-1]))
+    return steps
+
+
+def _min_frames(config: RunConfig) -> int:
+    """Frames that a video needs for one clip."""
+    return (config.source.frames - 1) * config.source.every + 1
+
+
+def _data_step(
+    name: str, folder: Path, settings: Any, work: Callable[[], None], *parents: Step
+) -> Step:
+    """A step whose folder belongs to a writer of `data/`; the records lie beside it."""
+    return Step(
+        name=name,
+        folder=folder,
+        settings=settings,
+        run=work,
+        parents=tuple(parent.name for parent in parents),
+        outputs=(folder,),
+        records=folder.parent / "steps" / name,
+    )
+
+
+def _stage_step(config: RunConfig, name: str) -> Step:
+    stage, folder = config.stages[name], run_folder(config) / name
+    own = {key: value for key, value in to_dict(stage).items() if key not in FREE_STAGE_KEYS}
+    external = {
+        role: config_hash(read_manifest(find_export(Path(origin))))
+        for role, origin in stage.inputs.items()
+        if origin not in config.stages
+    }
+    roles = {role: origin for role, origin in stage.inputs.items() if origin in config.stages}
+    settings = {
+        "stage": own | {"inputs": external},
+        "roles": roles,
+        "seed": config.seed if stage.seed is None else stage.seed,
+        "model": config.model,
+        "head": config.head,
+        "window_shards": config.data.window_shards,
+        "precision": config.trainer.precision,
+    }
+    return Step(
+        name=name,
+        folder=folder,
+        settings=settings,
+        run=lambda: _train(config, name, folder),
+        parents=("encode", *dict.fromkeys(roles.values())),
+        outputs=(folder / "export",),
+        on_all_ranks=True,
+    )
+
+
+def _closing_steps(config: RunConfig) -> list[Step]:
+    folder = run_folder(config)
+    evaluate = Step(
+        name="evaluate",
+        folder=folder / "evaluate",
+        settings={"evaluate": config.evaluate, "world": config.source.world},
+        run=lambda: _evaluate(config),
+        parents=("encode", *config.evaluate.stages),
+        outputs=(folder / "evaluate" / "results.json",),
+    )
+    report = Step(
+        name="report",
+        folder=folder / "report",
+        settings={},
+        run=lambda: _report(config),
+        parents=("evaluate", *config.stages),
+        outputs=(folder / "report" / "index.html",),
+    )
+    return [evaluate, report]
+
+
+def _write_world(config: RunConfig) -> None:
+    from data.world import write_world
+
+    write_world(config.source.world, data_folder(config) / "world")
+
+
+def _ingest(config: RunConfig) -> None:
+    folder = data_folder(config)
+    source = folder / "world"
+    if config.source.kind == "videos":
+        source = folder / "videos.jsonl"
+        write_list(list_videos(config.source), source)
+    ingest(
+        source,
+        folder / "raw",
+        samples_per_shard=config.data.samples_per_shard,
+        min_frames=_min_frames(config),
+    )
+
+
+def _encode(config: RunConfig) -> None:
+    folder, source = data_folder(config), config.source
+    encode(
+        folder / "raw",
+        folder / "latents",
+        codec=config.codec,
+        text=config.text,
+        size=(source.size[0], source.size[1]),
+        frames=source.frames,
+        stride=source.stride,
+        every=source.every,
+        samples_per_shard=config.data.samples_per_shard,
+    )
+
+
+def _train(config: RunConfig, name: str, folder: Path) -> None:
+    from launch.build import run_stage
+
+    if is_leader():
+        save_config(config, folder / "config.yaml")
+    run_stage(config, name)
+
+
+def _evaluate(config: RunConfig) -> None:
+    from launch.evaluate import evaluate
+
+    folder = run_folder(config)
+    evaluate(config, [folder / name for name in config.evaluate.stages], folder / "evaluate")
+
+
+def _report(config: RunConfig) -> None:
+    from launch.report import write_report
+
+    write_report(run_folder(config))
