@@ -1,5 +1,6 @@
 """Writing of sets of webdataset shards: whole or not at all, continued after an interruption."""
 
+import contextlib
 import json
 import os
 import re
@@ -117,7 +118,9 @@ class ShardSetWriter:
             return
         if kind is not None:
             if self._writer is not None:
-                self._stream.close()
+                with contextlib.suppress(OSError):  # a full disk, already being reported
+                    self._writer.close()
+                    self._stream.close()
                 self._temporary.unlink(missing_ok=True)
             return
         if self._pending:

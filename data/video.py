@@ -185,6 +185,7 @@ class VideoWriter:
         self.path = path
         self.size = (int(size[0]), int(size[1]))
         self.scale = scale
+        self._count = 0
         height, width = self.size[0] * scale, self.size[1] * scale
         if pixel_format == "yuv420p" and (height % 2 or width % 2):
             raise BadVideo(f"{path}: height and width must be even, found {height} x {width}")
@@ -219,6 +220,7 @@ class VideoWriter:
                 frame = frame.repeat(self.scale, axis=0).repeat(self.scale, axis=1)
             image = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
             self._container.mux(self._stream.encode(image))
+            self._count += 1
 
     def __enter__(self) -> Self:
         """Nothing more is needed: the file is open."""
@@ -230,11 +232,17 @@ class VideoWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Finish the file, or remove it after an error."""
+        """Finish the file, or remove it after an error.
+
+        Raises:
+            BadVideo: If no frame was written.
+        """
         try:
-            if kind is None:
+            if kind is None and self._count:
                 self._container.mux(self._stream.encode(None))
             self._container.close()
+            if kind is None and not self._count:
+                raise BadVideo(f"{self.path} must have at least one frame, found none to write")
             if kind is None:
                 self._temporary.replace(self.path)
         finally:
