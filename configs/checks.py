@@ -9,7 +9,7 @@ from configs.errors import ConfigError
 if TYPE_CHECKING:
     from configs.schema import RunConfig, StageConfig
 
-RESERVED_NAMES = ("data", "evaluate", "report", "wandb")
+RESERVED_NAMES = ("data", "evaluate", "report", "superseded", "wandb")
 """Folders of a run that no stage may be called."""
 
 SECTION_KEYS = {"stage": "stages.*", "optim": "stages.*.optimizers.*", "world": "source.world"}
@@ -48,8 +48,25 @@ def check_run(config: "RunConfig") -> None:
     for name, stage in config.stages.items():
         _check_stage(name, stage, earlier, config)
         earlier.append(name)
-    for name in config.evaluate.stages:
+    evaluate = config.evaluate
+    for name in evaluate.stages:
         require_choice("evaluate.stages", name, config.stages)
+    if evaluate.stages:
+        recent = max(evaluate.recent_frames, config.model.frames_per_block)
+        require_budgets("evaluate.budgets", evaluate.budgets, evaluate.sink_frames, recent, config)
+
+
+def require_budgets(
+    key: str, budgets: Iterable[int], sink: int, recent: int, config: "RunConfig"
+) -> None:
+    """Raise `ConfigError` unless every budget holds `sink` + `recent` frames of the run."""
+    needed = (sink + recent) * config.frame_seq_len
+    for budget in budgets:
+        require(
+            budget >= needed,
+            f"{key} must hold sink and recent frames, {needed} tokens ({sink} + {recent} frames of "
+            f"{config.frame_seq_len}), found {budget}; raise it or protect fewer frames",
+        )
 
 
 def _check_sizes(config: "RunConfig") -> None:

@@ -190,43 +190,6 @@ class OptimConfig:
 
 
 @dataclass
-class CacheConfig:
-    """The key-value cache of the student and the policy that empties it."""
-
-    policy: str
-    budget_tokens: int
-    """Tokens that stay in each layer after an eviction."""
-    params: dict[str, Any] = field(default_factory=dict)
-    """Fields of the policy's own dataclass, which checks them."""
-    sink_frames: int = 1
-    """First frames that are never evicted."""
-    recent_frames: int = 2
-    """Last frames that are never evicted."""
-    time: str = "absolute"
-    max_lag: int = 48
-    """Latent frames; with `relative` time, no token looks further away than this."""
-
-    def __post_init__(self) -> None:
-        require_positive(self, "budget_tokens", "max_lag")
-        require_choice("cache.time", self.time, ("absolute", "relative"))
-        require(
-            self.sink_frames >= 0 and self.recent_frames >= 0,
-            "cache.sink_frames and cache.recent_frames must not be negative, found "
-            f"{self.sink_frames} and {self.recent_frames}",
-        )
-
-    def check_budget(self, frame_seq_len: int) -> None:
-        """Raise `ConfigError` if sink and recent frames of `frame_seq_len` tokens do not fit."""
-        protected = (self.sink_frames + self.recent_frames) * frame_seq_len
-        require(
-            self.budget_tokens >= protected,
-            f"cache.budget_tokens must hold the sink and the recent frames, {protected} tokens "
-            f"({self.sink_frames} + {self.recent_frames} frames of {frame_seq_len}), found "
-            f"{self.budget_tokens}; raise the budget or protect fewer frames",
-        )
-
-
-@dataclass
 class StageConfig:
     """One stage of the plan."""
 
@@ -294,6 +257,16 @@ class EvaluateConfig:
     max_lag: int = 48
     videos: int = 2
     """Clips per policy that the report shows."""
+    contenders: list[str] = field(
+        default_factory=lambda: ["full", "sink_window", "position_prior", "salience"]
+    )
+    """Policies that also run on stages after the first, and beyond the shortest length."""
+    long_stages: list[str] = field(default_factory=list)
+    """Stages rolled out beyond the shortest length; empty = all."""
+    long_clips_per_seed: int = 8
+    """Clips of each seed there, and in the comparison of step counts."""
+    unbounded_frames: int = 240
+    """Longest rollout of the policy that keeps everything; its time grows with the square."""
 
     def __post_init__(self) -> None:
         require_positive(self, "clips_per_seed", "tune_clips", "prefix_frames", "steps", "max_lag")
@@ -312,6 +285,12 @@ class EvaluateConfig:
             f"evaluate.weights must be triples [later, within, earlier], found {self.weights}",
         )
         require_choice("evaluate.time", self.time, ("absolute", "relative"))
+        require_positive(self, "long_clips_per_seed", "unbounded_frames")
+        for name in ("frames", "budgets", "seeds", "weights", "age_weights"):
+            require(
+                len(getattr(self, name)) > 0,
+                f"evaluate.{name} must not be empty; leave out evaluate.stages to evaluate nothing",
+            )
 
 
 @dataclass
@@ -378,3 +357,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_run(self)
+
+    @property
+    def frame_seq_len(self) -> int:
+        """Tokens of one latent frame."""
+        patch = self.model.patch_size
+        height, width = (pixels // self.codec.stride for pixels in self.source.size)
+        return (height // patch[1]) * (width // patch[2])

@@ -38,10 +38,16 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise `UserError` with one sentence."""
+        raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
+
+    def check_options(self, words: Sequence[str]) -> None:
+        """Raise `UserError` at the first word that looks like an option and is none."""
         options = [option for action in self._actions for option in action.option_strings]
-        unknown = re.findall(r"--[\w-]+", message) if "unrecognized" in message else []
-        hint = nearest(unknown[0], options) if unknown else ""
-        raise UserError(f"{self.prog}: {message}{hint or f'; see {self.prog} --help'}")
+        for word in words:
+            name = word.partition("=")[0]
+            if re.fullmatch(r"--[a-z][\w-]*", name) and name not in options:
+                hint = nearest(name, options) or f"; choose from {options}"
+                raise UserError(f"{self.prog} has no option {name!r}{hint}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -78,6 +84,7 @@ def _dispatch(words: list[str]) -> None:
         allow_abbrev=False,
     )
     verb.declare(parser)
+    parser.check_options(words[1:])
     verb.act(parser.parse_intermixed_args(words[1:]))
 
 

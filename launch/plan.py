@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from configs.checks import require_budgets
 from configs.errors import ConfigError
 from configs.load import config_hash, nearest, parse_section, save_config, to_dict
 from configs.schema import FREE_STAGE_KEYS, RunConfig
@@ -11,6 +12,7 @@ from data.ingest import encode, ingest
 from launch.export import find_export, read_manifest
 from launch.source import fingerprint, list_videos, write_list
 from launch.steps import Step, is_leader, run_one_step, run_steps
+from models.kv_policy import build_policy
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -55,18 +57,33 @@ def run_one(config: RunConfig, name: str) -> None:
 
 
 def check_stages(config: RunConfig) -> None:
-    """Raise `ConfigError` if a stage is of no known kind or its params are wrong."""
+    """Raise `ConfigError` if a stage is of no known kind or its params cannot work."""
     from launch.build import stage_type
 
     for name, stage in config.stages.items():
-        cls = stage_type(stage.kind)
-        parse_section(cls.params_type, stage.params, key=f"stages.{name}.params")
+        key, cls = f"stages.{name}", stage_type(stage.kind)
+        params: Any = parse_section(cls.params_type, stage.params, key=f"{key}.params")
+        _check_cache(to_dict(params), f"{key}.params", config)
         wanted = sorted(cls.network_sources)
         if sorted(stage.optimizers) != wanted:
             raise ConfigError(
-                f"stages.{name}.optimizers must name the networks that it trains, {wanted}, "
+                f"{key}.optimizers must name the networks that it trains, {wanted}, "
                 f"found {sorted(stage.optimizers)}"
             )
+
+
+def _check_cache(params: dict[str, Any], key: str, config: RunConfig) -> None:
+    """Check budgets and policy of a stage that rolls out; other stages have neither."""
+    budgets = {name: params[name] for name in ("budgets", "budget_tokens") if name in params}
+    for name, found in budgets.items():
+        values = found if isinstance(found, list) else [found]
+        block = config.model.frames_per_block
+        require_budgets(f"{key}.{name}", values, params["sink_frames"], block, config)
+    if "policy" in params:
+        try:
+            build_policy(params["policy"], params["policy_params"])
+        except ValueError as error:
+            raise ConfigError(f"{key}.policy: {error}") from error
 
 
 def data_folder(config: RunConfig) -> Path:

@@ -1,0 +1,74 @@
+"""Every configuration in the repository holds together."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs.errors import ConfigError
+from configs.load import load_config
+from launch.build import build_transformer
+from launch.plan import check_stages
+from launch.show import cache_bytes, describe
+from models.kv_cache import CacheSpec
+from models.kv_policy import build_policy
+from models.rollout import Sampler, make_cache, refresh
+
+FILES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+TINY = next(path for path in FILES if path.stem == "tiny")
+PLANS = [path for path in FILES if "stages:" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
+def test_a_shipped_plan_loads_and_its_stages_know_their_params(path):
+    check_stages(load_config([str(path)]))
+
+
+def test_show_builds_the_networks_and_names_the_steps(tmp_path):
+    text = describe(load_config([str(TINY), f"runs_dir={tmp_path}"]))
+    assert "transformer" in text
+    assert "key-value cache" in text
+    assert text.count("to do") == 12
+
+
+def test_show_takes_a_real_geometry_without_allocating_it(tmp_path):
+    sizes = ["num_layers=30", "num_heads=12", "head_dim=128", "ffn_dim=8960", "freq_dim=256"]
+    overrides = [f"model.{size}" for size in sizes]
+    text = describe(load_config([str(TINY), f"runs_dir={tmp_path}", *overrides]))
+    count = int(text.split("  transformer ")[1].split()[0].replace(",", ""))
+    # Wan2.1 1.3B has 1,418,996,800 parameters; its text and patch embeddings are larger than ours.
+    assert 1.3e9 < count < 1.45e9
+
+
+def test_the_cache_size_shown_is_that_of_a_real_cache():
+    config = load_config([str(TINY)])
+    student = build_transformer(config)
+    blocks, sampler = torch.randn(3, 7, 16, 2, 4).split(2, dim=1), Sampler([1.0, 0.0])
+    cache = make_cache(
+        student,
+        spec=CacheSpec(budget_tokens=40, tokens_per_frame=8, frames_per_block=2),
+        policy=build_policy("fifo", {}),
+        seeds=torch.arange(3),
+        sampler=sampler,
+    )
+    for block in blocks:
+        refresh(student, torch.zeros(3, 4, 32), block, cache=cache)
+    assert cache.num_tokens == 40
+    assert cache.num_bytes == 3 * cache_bytes(config, 40)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.teacher.kind=techer", r"stage kind must be one of .*found 'techer'"),
+        ("stages.distill.params.student_evry=2", "did you mean 'student_every'"),
+        ("stages.distill.params.budgets=[20]", r"params\.budgets must hold sink and recent .* 24"),
+        ("stages.streaming.params.budget_tokens=20", r"params\.budget_tokens must hold sink"),
+        ("stages.streaming.params.policy=salient", r"stages\.streaming\.params\.policy"),
+        ("stages.streaming.params.policy_params.wights=[1,0,0]", r"streaming\.params\.policy"),
+        ("stages.causal.optimizers.teacher.lr=1", r"causal\.optimizers must name .*'student'"),
+    ],
+)
+def test_what_only_the_stages_know_is_checked_before_anything_runs(override, message):
+    with pytest.raises(ConfigError, match=message):
+        check_stages(load_config([str(TINY), override]))
