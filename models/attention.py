@@ -1,5 +1,6 @@
 """Rotary positions over (frame, row, column), self- and cross-attention of Wan2.1, causal masks."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -66,7 +67,7 @@ def grid_positions(frames: Tensor, height: int, width: int) -> Tensor:
 
 
 def block_causal_mask(num_blocks: int, block_len: int) -> Tensor:
-    """True where query i may read key j: j's block is not after i's.  [S, S]"""
+    """True where query i may read key j: j's block is not after i's.  [S, S]."""
     block = torch.arange(num_blocks).repeat_interleave(block_len)
     return block[:, None] >= block[None, :]
 
@@ -126,7 +127,7 @@ def group_teacher_forcing(mask: Tensor, block_len: int, num_groups: int) -> list
     num_blocks = num_tokens // block_len
     bounds = [num_blocks * i // num_groups * block_len for i in range(num_groups + 1)]
     groups = []
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in itertools.pairwise(bounds):
         noisy = slice(num_tokens + start, num_tokens + stop)
         queries, keys = [slice(start, stop), noisy], [slice(0, stop), noisy]
         rows = take(mask, queries, dim=2)
@@ -175,7 +176,7 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised queries of `x`, normalised keys and raw values of `context`.  [B, N, S, D]"""
+        """Normalised queries of `x`, normalised keys and raw values of `context`.  [B, N, S, D]."""
         queries = self.split_heads(self.norm_q(self.q(x)))
         keys = self.split_heads(self.norm_k(self.k(context)))
         return queries, keys, self.split_heads(self.v(context))

@@ -37,7 +37,7 @@ class Tokens:
     features: Tensor
 
     def select(self, indices: Tensor) -> Tokens:
-        """The tokens at `indices` of each sample.  [B, k]"""
+        """The tokens at `indices` of each sample.  [B, k]."""
 
         def gather(x: Tensor, axis: int) -> Tensor:
             shape = [1] * x.dim()
@@ -254,7 +254,7 @@ class PositionPrior(CachePolicy):
     age_weight: float = 0.05
 
     def enter(self, tokens: Entering) -> Tensor:
-        """The three mean targets of the token's place.  [B, S, 3]"""
+        """The three mean targets of the token's place.  [B, S, 3]."""
         assert tokens.head is not None
         return tokens.head.place_means(tokens.layer, tokens.positions)
 
@@ -283,7 +283,7 @@ class Salience(CachePolicy):
     age_weight: float = 0.05
 
     def enter(self, tokens: Entering) -> Tensor:
-        """The head's three standardised predictions.  [B, S, 3]"""
+        """The head's three standardised predictions.  [B, S, 3]."""
         assert tokens.head is not None
         return tokens.head.predict(tokens.layer, tokens.hidden)
 

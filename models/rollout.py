@@ -1,6 +1,6 @@
 """Block-by-block generation with a KV cache: the only such loop, for training and for sampling."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,9 @@ from models.kv_cache import CacheSpec, KVCache
 from models.kv_policy import CachePolicy
 from models.salience import SalienceHead
 from models.transformer import VideoTransformer
+
+VelocityModel = Callable[..., Tensor]
+"""A `VideoTransformer`, or an engine that wraps one for training."""
 
 
 class NoiseSource:
@@ -25,7 +28,7 @@ class NoiseSource:
         self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
 
     def draw(self, shape: Sequence[int]) -> Tensor:
-        """The next noise of every sample.  [B, *shape]"""
+        """The next noise of every sample.  [B, *shape]."""
         noise = [torch.randn(*shape, generator=generator) for generator in self.generators]
         return torch.stack(noise).to(self.device)
 
@@ -72,7 +75,7 @@ def make_cache(
 
 
 def denoise_block(
-    student: VideoTransformer,
+    student: VelocityModel,
     text: Tensor,
     *,
     cache: KVCache,
@@ -84,7 +87,7 @@ def denoise_block(
     """Clean latents of the next block.
 
     Args:
-        student: Called as the transformer itself or through an engine that wraps it.
+        student: Block-causal student.
         text: [B, T, text_dim]
         cache: Past; read only.
         noise: Of the batch.
@@ -115,18 +118,16 @@ def denoise_block(
 
 
 @torch.no_grad()
-def refresh(student: VideoTransformer, text: Tensor, block: Tensor, *, cache: KVCache) -> None:
+def refresh(student: VelocityModel, text: Tensor, block: Tensor, *, cache: KVCache) -> None:
     """Write a finished block into the cache: one pass at noise level 0, then eviction."""
-    frames = torch.arange(
-        cache.num_frames, cache.num_frames + block.shape[1], device=block.device
-    )
+    frames = torch.arange(cache.num_frames, cache.num_frames + block.shape[1], device=block.device)
     sigma = block.new_zeros(block.shape[:2])
     student(block.detach(), sigma, text, frames=frames, cache=cache, write=True)
 
 
 @torch.no_grad()
 def recache(
-    student: VideoTransformer, text: Tensor, history: Tensor, *, cache: KVCache, sink: Tensor
+    student: VelocityModel, text: Tensor, history: Tensor, *, cache: KVCache, sink: Tensor
 ) -> None:
     """Rebuild the past of a video under a new prompt, after LongLive's KV re-cache.
 
@@ -157,7 +158,7 @@ def recache(
 
 @torch.no_grad()
 def generate_blocks(
-    student: VideoTransformer,
+    student: VelocityModel,
     text: Tensor,
     *,
     cache: KVCache,

@@ -146,15 +146,15 @@ class SalienceHead(nn.Module):
         self.place.copy_(by_place.nanmean(dim=(1, 2)))
 
     def standardise(self, layer: int, targets: Tensor) -> Tensor:
-        """What the S-MLP of a layer should predict; NaN stays NaN.  [B, S, 3]"""
+        """What the S-MLP of a layer should predict; NaN stays NaN.  [B, S, 3]."""
         return (self.scaled(targets) - self.mean[layer]) / self.std[layer]
 
     def predict(self, layer: int, hidden: Tensor) -> Tensor:
-        """Standardised parts from the layer's input in the clean pass.  [B, S, E] to [B, S, 3]"""
+        """Standardised parts from the layer's input in the clean pass.  [B, S, E] to [B, S, 3]."""
         return self.layers[layer](hidden)
 
     def place_means(self, layer: int, positions: Tensor) -> Tensor:
-        """Mean standardised target of each token's place.  [B, S, 3] to [B, S, 3]"""
+        """Mean standardised target of each token's place.  [B, S, 3] to [B, S, 3]."""
         return self.place[layer, positions[..., 1], positions[..., 2]]
 
     def forward(self, hidden: list[Tensor]) -> list[Tensor]:

@@ -65,13 +65,13 @@ class Block(nn.Module):
         return (self.modulation[:, None].float() + time.float()).chunk(6, dim=2)
 
     def modulate(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        """Layer norm without weights, then scale and shift per frame, in float32.  [B, S, E]"""
+        """Layer norm without weights, then scale and shift per frame, in float32.  [B, S, E]."""
         normed = F.layer_norm(x.float(), x.shape[-1:], eps=self.eps)
         frames = normed.unflatten(1, (shift.shape[1], -1))  # [B, F, P, E]
         return torch.addcmul(shift, frames, 1 + scale).flatten(1, 2).to(x.dtype)
 
     def add_gated(self, x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
-        """x + gate * update, gate per frame, in float32.  [B, S, E]"""
+        """Add gate * update, gate per frame, in float32.  [B, S, E]."""
         frames = x.float().unflatten(1, (gate.shape[1], -1))
         update = update.float().unflatten(1, (gate.shape[1], -1))
         return torch.addcmul(frames, gate, update).flatten(1, 2).to(x.dtype)
@@ -158,7 +158,7 @@ class VideoTransformer(nn.Module):
         self.num_layers, self.num_heads, self.head_dim = num_layers, num_heads, head_dim
         self.width, self.freq_dim, self.rope_theta = width, freq_dim, rope_theta
         self.out_channels = out_channels
-        self.patch_size = tuple(patch_size)
+        self.patch_size = patch_size
         if self.patch_size[0] != 1:
             raise ValueError(
                 f"a token must lie within one frame, got patch_size {self.patch_size}; "
@@ -181,7 +181,7 @@ class VideoTransformer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Wan2.1's initial weights: Xavier for linears, small normals for embeddings, zero output."""
+        """Initial weights of Wan2.1: Xavier, small normals for embeddings, zero output."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -211,7 +211,7 @@ class VideoTransformer(nn.Module):
     def embed_time(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """Time embedding [B, F, E] and modulation [B, F, 6, E] of noise levels [B, F]."""
         sinusoid = timestep_embedding(1000 * sigma, self.freq_dim)
-        time = self.time_embedding(sinusoid.to(self.time_embedding[0].weight.dtype))
+        time = self.time_embedding(sinusoid.to(self.patch_embedding.weight.dtype))
         return time, self.time_projection(time).unflatten(-1, (6, -1))
 
     def unpatchify(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -270,6 +270,7 @@ class VideoTransformer(nn.Module):
         shown = positions if cache is None else cache.time_of_read(positions)
         angles = rotary_angles(shown, self.head_dim, self.rope_theta)
         for layer, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
             parts = block.split_modulation(modulation)
             normed = block.modulate(x, parts[0], parts[1])
             queries, raw_keys, values = block.self_attn.project(normed, normed)

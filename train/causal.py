@@ -1,12 +1,13 @@
 """Stage `causal`: the teacher's weights become a block-causal student, by teacher forcing."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from data.datamodule import LatentBatch
-from models.attention import teacher_forcing_mask
+from models.attention import QueryGroup, group_teacher_forcing, teacher_forcing_mask
 from models.flow import add_noise, sampling_sigmas, shift_sigma
 from train.losses import flow_matching_loss
 from train.randomness import sample_noise, sample_uniform
@@ -58,9 +59,9 @@ def random_visibility(
     """
     share = 1.2 * sample_uniform((1,), seeds, "keep share")
     keep = sample_uniform((num_tokens,), seeds, "keep") < share
-    keep |= torch.arange(num_tokens, device=seeds.device) < sink_tokens
+    keep |= torch.arange(num_tokens) < sink_tokens
     drawn = sample_uniform((1, 1), seeds, "recent") * max_recent_blocks
-    block = torch.arange(num_tokens, device=seeds.device) // block_len
+    block = torch.arange(num_tokens) // block_len
     age = block[:, None] - block[None, :]
     return (age <= drawn.floor() + 1) | keep[:, None, :]
 
@@ -75,41 +76,52 @@ class Causal(Stage):
     params: CausalParams
     params_type = CausalParams
     export_role = "student"
-    exported = {"transformer": "student"}
+    network_sources: ClassVar = {"student": (("teacher", "transformer"),)}
+    exported: ClassVar = {"transformer": "student"}
 
-    def update(self, batch: LatentBatch, step: int) -> dict[str, Tensor | float]:
-        """One teacher-forcing step."""
+    def loss(self, batch: LatentBatch) -> Tensor:
+        """Flow matching in the noisy half."""
         x0, seeds, params = batch.latents, batch.seeds, self.params
-        size = self.frames_per_block
+        size, device = self.frames_per_block, batch.latents.device
         num_frames = x0.shape[1]
-        noise = sample_noise(x0.shape[1:], seeds, "causal noise")
-        uniform = sample_uniform((num_frames // size,), seeds, "causal sigma")
+        noise = sample_noise(x0.shape[1:], seeds, "causal noise", device=device)
+        uniform = sample_uniform((num_frames // size,), seeds, "causal sigma", device=device)
         sigma = shift_sigma(uniform, params.shift).repeat_interleave(size, dim=1)
-        level = params.context_noise * sample_uniform((1, 1, 1, 1), seeds, "context level")
-        clean = x0 + level * sample_noise(x0.shape[1:], seeds, "context noise")
+        level = sample_uniform((1, 1, 1, 1), seeds, "context level", device=device)
+        dirt = sample_noise(x0.shape[1:], seeds, "context noise", device=device)
+        clean = x0 + params.context_noise * level * dirt
         velocity = self.engine("student")(
             torch.cat([clean, add_noise(x0, noise, sigma)], dim=1),
             torch.cat([torch.zeros_like(sigma), sigma], dim=1),
             batch.text,
-            frames=torch.arange(num_frames, device=x0.device).repeat(2),
-            mask=self._mask(seeds, num_frames),
+            frames=torch.arange(num_frames, device=device).repeat(2),
+            mask=self.mask(seeds, num_frames, device),
         )[:, num_frames:]
-        loss = flow_matching_loss(velocity, x0, noise)
-        return {"loss": loss.detach(), **self.optimise("student", loss)}
+        return flow_matching_loss(velocity, x0, noise)
 
-    def _mask(self, seeds: Tensor, num_frames: int) -> Tensor:
-        num_tokens, block_len = num_frames * self.frame_seq_len, self.block_len
-        if not self.params.evict:
-            visible = torch.ones(1, num_tokens, num_tokens, dtype=torch.bool, device=seeds.device)
-        else:
+    def update(self, batch: LatentBatch, step: int) -> dict[str, Tensor | float]:
+        """One teacher-forcing step."""
+        return self.optimise("student", self.loss, self.micro_batches(batch))
+
+    def mask(self, seeds: Tensor, num_frames: int, device: torch.device) -> list[QueryGroup]:
+        """Who reads whom in [clean | noisy], under random eviction if configured."""
+        num_tokens = num_frames * self.frame_seq_len
+        if self.params.evict:
             visible = random_visibility(
                 seeds,
                 num_tokens=num_tokens,
-                block_len=block_len,
+                block_len=self.block_len,
                 sink_tokens=self.params.sink_frames * self.frame_seq_len,
                 max_recent_blocks=self.params.max_recent_blocks,
             )
-        return teacher_forcing_mask(visible, block_len)
+        else:
+            visible = torch.ones(1, num_tokens, num_tokens, dtype=torch.bool)
+        dense = teacher_forcing_mask(visible.to(device), self.block_len)
+        return group_teacher_forcing(dense, self.block_len, self.num_groups(num_frames))
+
+    def num_groups(self, num_frames: int) -> int:
+        """Spans of about four blocks: fewer unread keys, few calls."""
+        return max(1, num_frames // self.frames_per_block // 4)
 
     def sampler_sigmas(self) -> tuple[list[float], bool]:
         """Euler steps along the velocity."""

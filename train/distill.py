@@ -7,6 +7,7 @@ Source: Self-Forcing, arXiv:2506.08009; DMD2, arXiv:2405.14867.
 """
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -35,6 +36,8 @@ class DistillParams:
         student_shift: Shift of their noise levels.
         score_shift: Shift of the noise levels at which teacher and critic judge.
         score_range: Lowest and highest of those noise levels.
+        clean_context: Let teacher and critic see the frames that do not count without noise; for
+            a teacher that was trained with clean blocks beside noisy ones.
         guidance_scale: Of the teacher's estimate; 1 = off.
         student_every: The student is updated every so many steps, the critic in every step.
         prefix_frames: True frames that a rollout continues; one entry is drawn per step.
@@ -46,6 +49,7 @@ class DistillParams:
     student_shift: float = 5.0
     score_shift: float = 3.0
     score_range: list[float] = field(default_factory=lambda: [0.02, 0.98])
+    clean_context: bool = False
     guidance_scale: float = 1.0
     student_every: int = 5
     prefix_frames: list[int] = field(default_factory=lambda: [24])
@@ -56,7 +60,7 @@ class DistillParams:
 class DistributionMatching(Stage):
     """What `distill` and `streaming` share: student and critic steps on a window of latents."""
 
-    frozen_roles = ("teacher",)
+    frozen_sources: ClassVar = {"teacher": (("teacher", "transformer"),)}
 
     def sampler(self) -> Sampler:
         """The few-step student's noise levels."""
@@ -71,55 +75,47 @@ class DistributionMatching(Stage):
         """Whether this step updates the student as well as the critic."""
         return step % self.params.student_every == 0
 
-    def score_sigma(self, seeds: Tensor, num_frames: int, tag: str) -> Tensor:
-        """Noise level of each sample, the same for all its frames.  [B, F]"""
-        low, high = self.params.score_range
-        sigma = shift_sigma(sample_uniform((1,), seeds, tag), self.params.score_shift)
-        return sigma.clamp(low, high).expand(-1, num_frames)
+    def noised(
+        self, window: Tensor, seeds: Tensor, mask: Tensor, tag: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A window as teacher and critic see it: noisy latents, their sigma, the noise.
 
-    def student_step(
-        self, window: Tensor, text: Tensor, seeds: Tensor, mask: Tensor
-    ) -> dict[str, Tensor | float]:
-        """Update the student so that teacher and critic agree on its samples.
+        One noise level per sample; with `clean_context` the frames that do not count keep level 0.
+        """
+        low, high = self.params.score_range
+        uniform = sample_uniform((1,), seeds, tag, "sigma", device=window.device)
+        sigma = shift_sigma(uniform, self.params.score_shift).clamp(low, high)
+        sigma = sigma.expand(window.shape[:2])
+        if self.params.clean_context:
+            sigma = sigma * mask
+        noise = sample_noise(window.shape[1:], seeds, tag, "noise", device=window.device)
+        return add_noise(window, noise, sigma), sigma, noise
+
+    def student_loss(self, window: Tensor, text: Tensor, seeds: Tensor, mask: Tensor) -> Tensor:
+        """Its gradient moves the student's samples to where teacher and critic agree.
 
         Args:
             window: Rollout with gradient in the frames that count.  [B, F, C, H, W]
             text: [B, T, text_dim]
-            seeds: Of this update's noise.  [B]
+            seeds: Of the noise.  [B]
             mask: Frames that count.  [F]
         """
         with torch.no_grad():
-            sigma = self.score_sigma(seeds, window.shape[1], "student score sigma")
-            noise = sample_noise(window.shape[1:], seeds, "student score noise")
-            noisy = add_noise(window.detach(), noise, sigma)
-            teacher = self.frozen["teacher"]
-            velocity = teacher(noisy, sigma, text)
+            noisy, sigma, _ = self.noised(window.detach(), seeds, mask, "student score")
+            velocity = self.frozen["teacher"](noisy, sigma, text)
             if self.params.guidance_scale != 1:
-                velocity = guided(
-                    velocity,
-                    teacher(noisy, sigma, torch.zeros_like(text)),
-                    self.params.guidance_scale,
-                )
+                without = self.frozen["teacher"](noisy, sigma, torch.zeros_like(text))
+                velocity = guided(velocity, without, self.params.guidance_scale)
             real = velocity_to_x0(velocity, noisy, sigma)
             fake = velocity_to_x0(self.engine("critic")(noisy, sigma, text), noisy, sigma)
             direction = distribution_matching_direction(window.detach(), real, fake, mask)
-        loss = distribution_matching_loss(window, direction, mask)
-        return {
-            "student_loss": loss.detach(),
-            "direction": direction[:, mask].abs().mean(),
-            **self.optimise("student", loss),
-        }
+        return distribution_matching_loss(window, direction, mask)
 
-    def critic_step(
-        self, window: Tensor, text: Tensor, seeds: Tensor, mask: Tensor
-    ) -> dict[str, Tensor | float]:
-        """Fit the critic to the student's samples by flow matching; arguments as `student_step`."""
-        window = window.detach()
-        sigma = self.score_sigma(seeds, window.shape[1], "critic sigma")
-        noise = sample_noise(window.shape[1:], seeds, "critic noise")
-        velocity = self.engine("critic")(add_noise(window, noise, sigma), sigma, text)
-        loss = flow_matching_loss(velocity, window, noise, mask)
-        return {"critic_loss": loss.detach(), **self.optimise("critic", loss)}
+    def critic_loss(self, window: Tensor, text: Tensor, seeds: Tensor, mask: Tensor) -> Tensor:
+        """Flow matching on the student's samples; arguments as in `student_loss`."""
+        noisy, sigma, noise = self.noised(window, seeds, mask, "critic score")
+        velocity = self.engine("critic")(noisy, sigma, text)
+        return flow_matching_loss(velocity, window, noise, mask)
 
     def roll(
         self,
@@ -164,8 +160,12 @@ class Distill(DistributionMatching):
 
     params: DistillParams
     params_type = DistillParams
+    network_sources: ClassVar = {
+        "student": (("student", "transformer"),),
+        "critic": (("critic", "critic"), ("teacher", "transformer")),
+    }
     export_role = "student"
-    exported = {"transformer": "student", "critic": "critic"}
+    exported: ClassVar = {"transformer": "student", "critic": "critic"}
 
     def rollout(self, batch: LatentBatch, step: int, *, grad: bool) -> tuple[Tensor, Tensor]:
         """A window of true prefix and generated frames, and the mask of the generated ones."""
@@ -205,15 +205,27 @@ class Distill(DistributionMatching):
         return choices[step_integer(self.seed, step, tag, high=len(choices))]
 
     def update(self, batch: LatentBatch, step: int) -> dict[str, Tensor | float]:
-        """A critic step on a fresh rollout, preceded by a student step on the same one when due."""
+        """A critic step on fresh rollouts, preceded by a student step on the same ones when due."""
+        parts = self.micro_batches(batch)
+        windows: list[tuple[Tensor, Tensor]] = []
         metrics: dict[str, Tensor | float] = {}
-        train_student = self.trains_student(step)
-        window, mask = self.rollout(batch, step, grad=train_student)
-        if train_student:
-            metrics |= self.student_step(window, batch.text, batch.seeds, mask)
-        return metrics | self.critic_step(window, batch.text, batch.seeds, mask)
+
+        def student(part: LatentBatch) -> Tensor:
+            window, mask = self.rollout(part, step, grad=True)
+            windows.append((window.detach(), mask))
+            return self.student_loss(window, part.text, part.seeds, mask)
+
+        def critic(part: tuple[LatentBatch, tuple[Tensor, Tensor]]) -> Tensor:
+            batch, (window, mask) = part
+            return self.critic_loss(window, batch.text, batch.seeds, mask)
+
+        if self.trains_student(step):
+            metrics |= self.optimise("student", student, parts)
+        else:
+            windows = [self.rollout(part, step, grad=False) for part in parts]
+        return metrics | self.optimise("critic", critic, list(zip(parts, windows, strict=True)))
 
     @torch.no_grad()
     def preview(self, batch: LatentBatch) -> Tensor:
-        """Rollouts of the current student.  [B, F, C, H, W]"""
+        """Rollouts of the current student.  [B, F, C, H, W]."""
         return self.rollout(batch, 0, grad=False)[0]

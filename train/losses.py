@@ -14,10 +14,10 @@ def flow_matching_loss(
         velocity: Prediction.  [B, F, C, H, W]
         x0: Clean latents.  [B, F, C, H, W]
         noise: [B, F, C, H, W]
-        mask: Frames that count; all if not given.  [F]
+        mask: Frames that count, at least one; all if not given.  [F] or [B, F]
     """
-    error = (velocity.float() - (noise - x0).float()).square()
-    return error.mean() if mask is None else error[:, mask].mean()
+    error = (velocity.float() - (noise - x0).float()).square().mean(dim=(2, 3, 4))  # [B, F]
+    return error.mean() if mask is None else error[mask.expand_as(error)].mean()
 
 
 def guided(conditional: Tensor, unconditional: Tensor, guidance_scale: float) -> Tensor:

@@ -1,7 +1,7 @@
 """Stage `salience`: the S-MLP learns the teacher's salience from the student's clean pass."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from models.flow import add_noise
 from models.salience import PARTS, SalienceHead, head_scores, mask_short_future, salience_targets
 from train.losses import salience_ranking_loss, salience_regression_loss
 from train.randomness import sample_noise, step_integer
+from train.ranks import gather_objects
 from train.stage import Stage
 
 
@@ -42,9 +43,13 @@ class SalienceStage(Stage):
 
     params: SalienceParams
     params_type = SalienceParams
-    frozen_roles = ("teacher", "student")
+    network_sources: ClassVar = {"head": ()}
+    frozen_sources: ClassVar = {
+        "teacher": (("teacher", "transformer"),),
+        "student": (("student", "transformer"),),
+    }
     export_role = "student"
-    exported = {"transformer": "student", "head": "head"}
+    exported: ClassVar = {"transformer": "student", "head": "head"}
 
     def setup_stage(self) -> None:
         """Start without gathered targets."""
@@ -52,7 +57,7 @@ class SalienceStage(Stage):
 
     @torch.no_grad()
     def targets(self, batch: LatentBatch) -> Tensor:
-        """Salience of every token in the teacher's attention.  [L, B, S, 3]"""
+        """Salience of every token in the teacher's attention.  [L, B, S, 3]."""
         x0 = batch.latents
         noise = sample_noise(x0.shape[1:], batch.seeds, "salience noise", device=x0.device)
         sigma = x0.new_full(x0.shape[:2], self.params.sigma)
@@ -66,7 +71,7 @@ class SalienceStage(Stage):
 
     @torch.no_grad()
     def hidden(self, batch: LatentBatch) -> list[Tensor]:
-        """Input of every layer of the student in a clean block-causal pass.  L x [B, S, E]"""
+        """Input of every layer of the student in a clean block-causal pass.  L x [B, S, E]."""
         x0 = batch.latents
         num_blocks = x0.shape[1] // self.frames_per_block
         mask = block_causal_mask(num_blocks, self.block_len).to(x0.device)
@@ -82,30 +87,44 @@ class SalienceStage(Stage):
 
     def update(self, batch: LatentBatch, step: int) -> dict[str, Tensor | float]:
         """Gather statistics in the first steps, then one step of the head."""
-        targets = self.targets(batch)
-        head: SalienceHead = self.engine("head").module
         if step < self.params.statistics_steps:
-            self.gathered.append(targets)
+            self.gathered += [self.targets(part).cpu() for part in self.micro_batches(batch)]
             if step == self.params.statistics_steps - 1:
-                head.fit_statistics(torch.cat(self.gathered, dim=1))
-                self.gathered = []
+                self.fit_statistics()
             return {}
+        shift = 1 + step_integer(self.seed, step, "pairs", high=self.num_tokens(batch) - 1)
+        metrics: dict[str, Tensor | float] = {}
+
+        def loss(part: LatentBatch) -> Tensor:
+            predicted, wanted = self.predict(part)
+            if step % self.config.log_every == 0 and not metrics:
+                metrics.update(self.scores(predicted, wanted))
+            pairs = list(zip(predicted, wanted, strict=True))
+            regression = torch.stack([salience_regression_loss(p, w) for p, w in pairs]).mean()
+            if self.params.ranking_weight == 0:
+                return regression
+            ranking = [salience_ranking_loss(p, w, shift=shift) for p, w in pairs]
+            return regression + self.params.ranking_weight * torch.stack(ranking).mean()
+
+        return self.optimise("head", loss, self.micro_batches(batch)) | metrics
+
+    def num_tokens(self, batch: LatentBatch) -> int:
+        """Tokens of a clip."""
+        return batch.latents.shape[1] * self.frame_seq_len
+
+    def predict(self, batch: LatentBatch) -> tuple[list[Tensor], list[Tensor]]:
+        """The head's predictions and what they should be, per layer.  L x [B, S, 3]."""
+        head: SalienceHead = self.engine("head").module
+        targets = self.targets(batch)
         wanted = [head.standardise(layer, target) for layer, target in enumerate(targets)]
-        predicted = self.engine("head")(self.hidden(batch))
-        pairs = list(zip(predicted, wanted, strict=True))
-        regression = torch.stack([salience_regression_loss(p, w) for p, w in pairs]).mean()
-        shift = 1 + step_integer(self.seed, step, "pairs", high=targets.shape[2] - 1)
-        ranking = torch.stack([salience_ranking_loss(p, w, shift=shift) for p, w in pairs]).mean()
-        loss = regression + self.params.ranking_weight * ranking
-        metrics: dict[str, Tensor | float] = {
-            "loss": loss.detach(),
-            "regression_loss": regression.detach(),
-            "ranking_loss": ranking.detach(),
-            **self.optimise("head", loss),
-        }
-        if step % self.config.log_every == 0:
-            metrics |= self.scores(predicted, wanted)
-        return metrics
+        return self.engine("head")(self.hidden(batch)), wanted
+
+    def fit_statistics(self) -> None:
+        """Standardise by the targets that all ranks have gathered."""
+        gathered = [targets for part in gather_objects(self.gathered) for targets in part]
+        head: SalienceHead = self.engine("head").module
+        head.fit_statistics(torch.cat(gathered, dim=1).to(self.device))
+        self.gathered = []
 
     def scores(self, predicted: list[Tensor], wanted: list[Tensor]) -> dict[str, Tensor | float]:
         """Spearman and recall per layer and part, on a batch not yet trained on."""
@@ -116,10 +135,10 @@ class SalienceStage(Stage):
                 metrics[f"recall/{part}/{layer}"] = score.recall
         return metrics
 
-    def extra_state(self) -> dict[str, Any]:
+    def extra_state(self) -> dict[str, Tensor]:
         """Targets gathered so far, where the statistics are not made yet."""
         return {"gathered": torch.cat(self.gathered, dim=1)} if self.gathered else {}
 
-    def load_extra_state(self, state: dict[str, Any]) -> None:
+    def load_extra_state(self, state: dict[str, Tensor]) -> None:
         """Counterpart of `extra_state`."""
         self.gathered = [state["gathered"]] if "gathered" in state else []

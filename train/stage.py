@@ -6,7 +6,7 @@ A stage overrides `update`, and where it needs to `setup_stage`, `preview`, `ext
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields, replace
 from typing import Any, ClassVar
@@ -164,32 +164,37 @@ class Stage(L.LightningModule):
         cosine = (1 + math.cos(math.pi * min(1.0, progress))) / 2
         return settings.lr * (settings.floor + (1 - settings.floor) * cosine)
 
-    def micro_batches(self, batch: Any) -> Iterator[Any]:
+    def micro_batches(self, batch: Any) -> list[Any]:
         """`batch` in `config.accumulate` equal parts along its first axis."""
-        return split_batch(batch, self.config.accumulate)
+        return list(split_batch(batch, self.config.accumulate))
 
-    def optimise(self, name: str, losses: Tensor | Iterable[Tensor]) -> dict[str, float]:
-        """Backward passes and one step of the engine `name`.
+    def optimise(
+        self, name: str, loss: Callable[[Any], Tensor], parts: Sequence[Any]
+    ) -> dict[str, Tensor | float]:
+        """Backward passes over the micro-batches and one step of the engine `name`.
 
         Args:
             name: Of the engine.
-            losses: One scalar; or, to accumulate, a lazy iterable of exactly `config.accumulate`
-                scalars, each the mean over its micro-batch, of which each is computed only when
-                the graph before it is gone.
+            loss: From a part to a scalar, the mean over the part; a part's graph is gone before
+                the next part's is built.
+            parts: `config.accumulate` of them, equal in size, such as `micro_batches(batch)`.
 
         Returns:
-            What to report: `grad_norm/<name>`, the norm before clipping, and `lr/<name>`.
+            What to report: `loss/<name>`, the mean over the parts; `grad_norm/<name>`, the norm
+            before clipping; `lr/<name>`.
         """
-        engine, count = self.engines[name], self.config.accumulate
-        if isinstance(losses, Tensor):
-            losses, count = (losses,), 1
-        done = 0
-        for loss in losses:
-            done += 1
-            engine.backward(loss / count if count > 1 else loss, last=done == count)
-        assert done == count, f"{name} needs {count} micro-batch losses, got {done}"
+        engine, count = self.engines[name], len(parts)
+        total: Tensor | float = 0.0
+        for number, part in enumerate(parts, start=1):
+            value = loss(part) / count
+            engine.backward(value, last=number == count)
+            total = total + value.detach()
         rate = self.lr(name, self.completed)
-        return {f"grad_norm/{name}": engine.step(rate), f"lr/{name}": rate}
+        return {
+            f"loss/{name}": total,
+            f"grad_norm/{name}": engine.step(rate),
+            f"lr/{name}": rate,
+        }
 
     def autocast(self) -> AbstractContextManager:
         """Bfloat16 arithmetic if the run asks for it; weights stay float32."""

@@ -8,7 +8,7 @@ Source: streaming long tuning, LongLive, arXiv:2509.22622; the cache policy is P
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from data.datamodule import LatentBatch
 from models.kv_cache import CacheSpec, KVCache
 from models.kv_policy import build_policy
 from models.rollout import NoiseSource, make_cache, recache, refresh
+from models.salience import SalienceHead
 from train.distill import DistributionMatching
 from train.randomness import derive_seeds, step_integer
 
@@ -30,6 +31,7 @@ class StreamingParams:
         student_shift: Shift of their noise levels.
         score_shift: Shift of the noise levels at which teacher and critic judge.
         score_range: Lowest and highest of those noise levels.
+        clean_context: Let teacher and critic see earlier chunks without noise.
         guidance_scale: Of the teacher's estimate; 1 = off.
         student_every: The student is updated every so many chunks.
         policy: Cache policy.
@@ -48,6 +50,7 @@ class StreamingParams:
     student_shift: float = 5.0
     score_shift: float = 3.0
     score_range: list[float] = field(default_factory=lambda: [0.02, 0.98])
+    clean_context: bool = False
     guidance_scale: float = 1.0
     student_every: int = 2
     policy: str = "salience"
@@ -69,6 +72,7 @@ class Stream:
     Attributes:
         cache: Its past.
         noise: Its noise.
+        seeds: Of its samples.  [B]
         text: Prompt in force.  [B, T, text_dim]
         history: Last frames, at most a scoring window.  [B, F, C, H, W]
         sink: First block, for a re-cache.  [B, F, C, H, W]
@@ -78,6 +82,7 @@ class Stream:
 
     cache: KVCache
     noise: NoiseSource
+    seeds: Tensor
     text: Tensor
     history: Tensor
     sink: Tensor
@@ -90,19 +95,28 @@ class Streaming(DistributionMatching):
 
     params: StreamingParams
     params_type = StreamingParams
-    frozen_roles = ("teacher", "head")
+    network_sources: ClassVar = {
+        "student": (("student", "transformer"),),
+        "critic": (("critic", "critic"), ("teacher", "transformer")),
+    }
+    frozen_sources: ClassVar = {
+        "teacher": (("teacher", "transformer"),),
+        "head": (("student", "head"),),
+    }
     export_role = "student"
-    exported = {"transformer": "student", "critic": "critic", "head": "head"}
+    exported: ClassVar = {"transformer": "student", "critic": "critic", "head": "head"}
     restarts_at_snapshot = True
 
     def setup_stage(self) -> None:
-        """No stream yet: the first step starts one."""
-        self.stream: Stream | None = None
+        """No stream yet: the first step starts one per micro-batch."""
+        self.streams: list[Stream] = []
 
     def start_stream(self, batch: LatentBatch, step: int) -> Stream:
         """Streams that continue the first true frames of a batch."""
         params, size = self.params, self.frames_per_block
         seeds = derive_seeds(batch.seeds, "stream")
+        head = self.frozen["head"]
+        assert isinstance(head, SalienceHead)
         cache = make_cache(
             self.engine("student").module,
             spec=CacheSpec(
@@ -117,14 +131,15 @@ class Streaming(DistributionMatching):
             policy=build_policy(params.policy, params.policy_params),
             seeds=seeds.to(batch.latents.device),
             sampler=self.sampler(),
-            head=self.frozen["head"],
+            head=head,
         )
         prefix = batch.latents[:, : params.prefix_frames]
         for block in prefix.split(size, dim=1):
             refresh(self.engine("student"), batch.text, block, cache=cache)
         return Stream(
             cache=cache,
-            noise=NoiseSource(seeds),
+            noise=NoiseSource(seeds.to(batch.latents.device)),
+            seeds=seeds,
             text=batch.text,
             history=prefix,
             sink=prefix[:, : -(-max(params.sink_frames, 1) // size) * size],
@@ -135,7 +150,8 @@ class Streaming(DistributionMatching):
     def _draw_switch(self, step: int) -> int:
         """A chunk start in the stream, or 0; ranks agree, so that all re-cache together."""
         params = self.params
-        if step_integer(self.seed, step, "switch", high=1 << 20) >= params.switch_chance * (1 << 20):
+        drawn = step_integer(self.seed, step, "switch", high=1 << 20) / (1 << 20)
+        if drawn >= params.switch_chance:
             return 0
         chunks = (params.stream_frames - params.prefix_frames) // params.chunk_frames
         chunk = 1 + step_integer(self.seed, step, "switch chunk", high=max(1, chunks - 1))
@@ -143,11 +159,56 @@ class Streaming(DistributionMatching):
 
     def update(self, batch: LatentBatch, step: int) -> dict[str, Tensor | float]:
         """One chunk: critic step, preceded by a student step when due."""
-        params = self.params
-        if self.stream is None:
+        if not self.streams:
             self.mark_restart_point()
-            self.stream = self.start_stream(batch, step)
-        stream = self.stream
+            self.streams = [self.start_stream(part, step) for part in self.micro_batches(batch)]
+        for stream in self.streams:
+            self.switch_prompt(stream)
+        train_student, frames = self.trains_student(step), batch.latents.shape[1]
+        metrics: dict[str, Tensor | float] = {}
+
+        def student(stream: Stream) -> Tensor:
+            window = self.next_window(stream, step, frames, grad=True)
+            return self.student_loss(window, stream.text, *self.score_inputs(stream))
+
+        def critic(stream: Stream) -> Tensor:
+            return self.critic_loss(stream.history, stream.text, *self.score_inputs(stream))
+
+        if train_student:
+            metrics |= self.optimise("student", student, self.streams)
+        else:
+            for stream in self.streams:
+                self.next_window(stream, step, frames, grad=False)
+        metrics |= self.optimise("critic", critic, self.streams)
+        length = self.streams[0].cache.num_frames
+        if length + self.params.chunk_frames > self.params.stream_frames:
+            self.streams = []
+        return metrics | {"stream_frames": float(length)}
+
+    def next_window(self, stream: Stream, step: int, frames: int, *, grad: bool) -> Tensor:
+        """Grow a stream by one chunk; its last `frames` frames, with gradient in the chunk."""
+        chunk = self.roll(
+            stream.cache,
+            stream.text,
+            stream.noise,
+            num_frames=self.params.chunk_frames,
+            latent_shape=tuple(stream.history.shape[2:]),
+            step=step,
+            grad=grad,
+        )
+        window = torch.cat([stream.history, chunk], dim=1)[:, -frames:]
+        stream.history = window.detach()
+        return window
+
+    def score_inputs(self, stream: Stream) -> tuple[Tensor, Tensor]:
+        """Seeds of the noise for judging the newest chunk, and the mask of that chunk."""
+        seeds = derive_seeds(stream.seeds, "chunk", stream.cache.num_frames)
+        size = stream.history.shape[1]
+        mask = torch.arange(size, device=stream.history.device) >= size - self.params.chunk_frames
+        return seeds, mask
+
+    def switch_prompt(self, stream: Stream) -> None:
+        """Change the prompt and rebuild the past under it, if it is time."""
         if stream.switch_frame and stream.cache.num_frames == stream.switch_frame:
             stream.text = stream.next_text
             recache(
@@ -157,31 +218,8 @@ class Streaming(DistributionMatching):
                 cache=stream.cache,
                 sink=stream.sink,
             )
-        train_student = self.trains_student(step)
-        chunk = self.roll(
-            stream.cache,
-            stream.text,
-            stream.noise,
-            num_frames=params.chunk_frames,
-            latent_shape=tuple(stream.history.shape[2:]),
-            step=step,
-            grad=train_student,
-        )
-        window_frames = batch.latents.shape[1]
-        window = torch.cat([stream.history, chunk], dim=1)[:, -window_frames:]
-        mask = torch.arange(window.shape[1], device=window.device)
-        mask = mask >= window.shape[1] - params.chunk_frames
-        seeds = derive_seeds(batch.seeds, "chunk", stream.cache.num_frames)
-        metrics: dict[str, Tensor | float] = {"stream_frames": float(stream.cache.num_frames)}
-        if train_student:
-            metrics |= self.student_step(window, stream.text, seeds, mask)
-        metrics |= self.critic_step(window, stream.text, seeds, mask)
-        stream.history = window.detach()
-        if stream.cache.num_frames + params.chunk_frames > params.stream_frames:
-            self.stream = None
-        return metrics
 
     @torch.no_grad()
     def preview(self, batch: LatentBatch) -> Tensor | None:
-        """The last window of the running streams.  [B, F, C, H, W]"""
-        return None if self.stream is None else self.stream.history
+        """The last window of the running streams.  [B, F, C, H, W]."""
+        return self.streams[0].history if self.streams else None

@@ -1,6 +1,8 @@
 """Stage `teacher`: a bidirectional video transformer by flow matching."""
 
+import itertools
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,42 +20,64 @@ class TeacherParams:
 
     Attributes:
         shift: Of the noise levels drawn, see `models.flow.shift_sigma`.
+        block_noise: Share of samples whose blocks have noise levels of their own; the others have
+            one level per video. Blocks that are clean beside noisy ones are what teaches a small
+            teacher to look things up far away.
+        clean_blocks: Share of the blocks of such samples that are clean.
         text_dropout: Share of samples whose caption is zeroed, so that guidance has an
             unconditional estimate.
         preview_steps: Sampler steps of the videos shown during training.
     """
 
     shift: float = 3.0
+    block_noise: float = 0.0
+    clean_blocks: float = 0.5
     text_dropout: float = 0.1
     preview_steps: int = 16
 
 
 class Teacher(Stage):
-    """Trains the network `teacher`; one noise level per video."""
+    """Trains the network `teacher`; no loss is taken in clean frames."""
 
     params: TeacherParams
     params_type = TeacherParams
+    network_sources: ClassVar = {"teacher": ()}
     export_role = "teacher"
-    exported = {"transformer": "teacher"}
+    exported: ClassVar = {"transformer": "teacher"}
+
+    def sigma(self, seeds: Tensor, num_frames: int) -> Tensor:
+        """Noise level of every frame.  [B, F]."""
+        params, size = self.params, self.frames_per_block
+        uniform = sample_uniform((1 + num_frames // size,), seeds, "teacher sigma")
+        sigma = shift_sigma(uniform, params.shift)
+        is_clean = sample_uniform((num_frames // size,), seeds, "clean") < params.clean_blocks
+        per_block = sigma[:, 1:].masked_fill(is_clean, 0).repeat_interleave(size, dim=1)
+        by_block = sample_uniform((1,), seeds, "noise by block") < params.block_noise
+        return torch.where(by_block, per_block, sigma[:, :1])
+
+    def loss(self, batch: LatentBatch) -> Tensor:
+        """Flow matching."""
+        x0, seeds = batch.latents, batch.seeds
+        noise = sample_noise(x0.shape[1:], seeds, "teacher noise", device=x0.device)
+        sigma = self.sigma(seeds, x0.shape[1]).to(x0.device)
+        kept = sample_uniform((1, 1), seeds, "teacher text") >= self.params.text_dropout
+        text = batch.text * kept.to(x0.device)
+        velocity = self.engine("teacher")(add_noise(x0, noise, sigma), sigma, text)
+        return flow_matching_loss(velocity, x0, noise, sigma > 0)
 
     def update(self, batch: LatentBatch, step: int) -> dict[str, Tensor | float]:
         """One flow-matching step."""
-        x0, seeds = batch.latents, batch.seeds
-        noise = sample_noise(x0.shape[1:], seeds, "teacher noise")
-        uniform = sample_uniform((1,), seeds, "teacher sigma")
-        sigma = shift_sigma(uniform, self.params.shift).expand(x0.shape[:2])
-        kept = sample_uniform((1, 1), seeds, "teacher text") >= self.params.text_dropout
-        velocity = self.engine("teacher")(add_noise(x0, noise, sigma), sigma, batch.text * kept)
-        loss = flow_matching_loss(velocity, x0, noise)
-        return {"loss": loss.detach(), **self.optimise("teacher", loss)}
+        return self.optimise("teacher", self.loss, self.micro_batches(batch))
 
     @torch.no_grad()
     def preview(self, batch: LatentBatch) -> Tensor:
-        """Videos denoised from noise under the batch's captions.  [B, F, C, H, W]"""
+        """Videos denoised from noise under the batch's captions.  [B, F, C, H, W]."""
         teacher = self.engine("teacher")
-        latents = sample_noise(batch.latents.shape[1:], batch.seeds, "preview")
+        latents = sample_noise(
+            batch.latents.shape[1:], batch.seeds, "preview", device=batch.latents.device
+        )
         sigmas = sampling_sigmas(self.params.preview_steps, self.params.shift)
-        for current, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+        for current, following in itertools.pairwise(sigmas):
             sigma = latents.new_full(latents.shape[:2], current)
             latents = latents + (following - current) * teacher(latents, sigma, batch.text)
         return latents

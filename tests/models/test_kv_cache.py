@@ -139,7 +139,10 @@ def test_more_than_1024_frames(time):
 
 def test_fifo_and_sink_window_keep_what_their_names_say():
     network = student()
-    for policy, expected in (("fifo", {14, 15, 16, 17, 18, 19}), ("sink_window", {0, 15, 16, 17, 18, 19})):
+    for policy, expected in (
+        ("fifo", {14, 15, 16, 17, 18, 19}),
+        ("sink_window", {0, 15, 16, 17, 18, 19}),
+    ):
         cache = new_cache(network, policy)
         roll(network, cache, 20)
         assert set(cache.layers[0].positions[0, :, 0].tolist()) == expected

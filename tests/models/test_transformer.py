@@ -8,8 +8,8 @@ from models.attention import (
     block_causal_mask,
     group_teacher_forcing,
     rotary_angles,
-    rotate,
     rotary_axis_sizes,
+    rotate,
     teacher_forcing_mask,
 )
 from models.kv_cache import CacheSpec
@@ -106,8 +106,8 @@ def test_rotation_depends_on_lag_only_and_has_no_longest_video():
 
     def score(frame: int, other: int) -> torch.Tensor:
         places = torch.tensor([[frame, 1, 2]]), torch.tensor([[other, 0, 1]])
-        q, k = (rotate(x, rotary_angles(p, 24, 1e4)) for x, p in zip((query, key), places))
-        return (q * k).sum()
+        angles = [rotary_angles(place, 24, 1e4) for place in places]
+        return (rotate(query, angles[0]) * rotate(key, angles[1])).sum()
 
     torch.testing.assert_close(score(3, 1), score(100_003, 100_001), rtol=1e-4, atol=1e-4)
     assert abs(score(3, 1) - score(3, 0)) > 1e-3
@@ -206,4 +206,6 @@ def test_noisy_half_equals_cached_denoising_of_every_block():
 
 def test_a_patch_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="multiples of the patch"):
-        make(patch_size=(1, 2, 2))(torch.randn(1, 1, 16, 3, 4), torch.zeros(1, 1), torch.zeros(1, 1, 20))
+        make(patch_size=(1, 2, 2))(
+            torch.randn(1, 1, 16, 3, 4), torch.zeros(1, 1), torch.zeros(1, 1, 20)
+        )

@@ -32,7 +32,7 @@ def test_training_leaves_one_row_per_window_and_a_checkpoint_of_the_last_step(tm
     stage = train(tmp_path, toy_config(steps=50, log_every=20))
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
     assert [row["step"] for row in rows] == [20, 40, 50]
-    assert all(row["critic_loss"] > 0 and row["samples_per_second"] > 0 for row in rows)
+    assert all(row["loss/critic"] > 0 and row["samples_per_second"] > 0 for row in rows)
     assert stage.completed == 50
     assert step_of(newest_whole(tmp_path / "checkpoints")) == 50
 
@@ -137,7 +137,7 @@ def test_sample_videos_are_written_and_change_no_bit_of_the_training(tmp_path):
 def test_lines_of_progress_name_stage_step_loss_and_time_left(tmp_path, capsys):
     train(tmp_path, toy_config(steps=4))
     lines = capsys.readouterr().err.splitlines()
-    assert re.fullmatch(r"toy: step 4/4, critic_loss [\d.]+, 00:00 left", lines[-1])
+    assert re.fullmatch(r"toy: step 4/4, loss/critic [\d.]+, 00:00 left", lines[-1])
 
 
 def test_a_terminal_gets_a_bar_that_starts_at_the_resumed_step(monkeypatch):
@@ -151,10 +151,10 @@ def test_a_terminal_gets_a_bar_that_starts_at_the_resumed_step(monkeypatch):
     bar = Progress("toy")
     bar.on_train_start(None, stage)
     stage.completed = 6
-    stage.metrics.add({"critic_loss": 0.125})
+    stage.metrics.add({"loss/critic": 0.125})
     bar.on_train_batch_end(None, stage, None, None, 0)
     assert (bar._bar.n, bar._bar.total, bar._bar.desc) == (6, 9, "toy")
-    assert bar._bar.postfix == "critic_loss 0.125"
+    assert bar._bar.postfix == "loss/critic 0.125"
     bar.teardown(None, stage, "fit")
 
 

@@ -82,12 +82,11 @@ class ToyStage(Stage):
         self.at_update(step)
         metrics = {}
         if step % 2 == 0:
-            metrics |= self.optimise("student", map(self.student_loss, self.micro_batches(batch)))
-        losses = [self.critic_loss(part, step) for part in self.micro_batches(batch)]
-        metrics |= self.optimise("critic", losses)
+            metrics |= self.optimise("student", self.student_loss, self.micro_batches(batch))
+        metrics |= self.optimise("critic", self.critic_loss, self.micro_batches(batch))
         self.mean = self.mean.lerp(batch.latents.mean(dim=0), 0.1)
         self.counters["critic_steps"] = self.counters.get("critic_steps", 0) + 1
-        return {"critic_loss": torch.stack(losses).mean().detach(), **metrics}
+        return metrics
 
     def student_loss(self, batch: ToyBatch) -> Tensor:
         x = self.engine("student")(batch.latents)
@@ -95,7 +94,7 @@ class ToyStage(Stage):
             direction = self.engine("critic")(x) - self.frozen["teacher"](x)
         return F.mse_loss(x, (x - direction).detach())
 
-    def critic_loss(self, batch: ToyBatch, step: int) -> Tensor:
+    def critic_loss(self, batch: ToyBatch) -> Tensor:
         noise = (
             torch.randn(batch.latents.shape) if self.uses_global_noise else batch.latents.flip(0)
         )

@@ -1,0 +1,258 @@
+"""From a config to a stage that can be trained: networks, their inputs, data, and the export."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from configs.errors import ConfigError, UserError
+from configs.load import config_hash, parse_section, to_dict
+from configs.schema import RunConfig, StageConfig
+from data.codec import build_codec
+from data.datamodule import LatentDataModule
+from launch.export import Export, load_export, write_export
+from models.salience import SalienceHead
+from models.transformer import VideoTransformer
+from train.causal import Causal
+from train.distill import Distill
+from train.fit import fit
+from train.randomness import derive_seed
+from train.salience import SalienceStage
+from train.stage import Stage
+from train.streaming import Streaming
+from train.teacher import Teacher
+
+STAGES: dict[str, type[Stage]] = {
+    "teacher": Teacher,
+    "causal": Causal,
+    "distill": Distill,
+    "salience": SalienceStage,
+    "streaming": Streaming,
+}
+"""Stage kinds; to add a stage, write its file in `train/`, add a line here and use it in a plan."""
+
+
+def run_folder(config: RunConfig) -> Path:
+    """Where a run keeps everything."""
+    return Path(config.runs_dir) / config.name
+
+
+def latents_folder(config: RunConfig) -> Path:
+    """Shards that the stages train on."""
+    return run_folder(config) / "data" / "latents"
+
+
+def token_grid(config: RunConfig) -> tuple[int, int]:
+    """Token rows and columns of a frame."""
+    rows, columns = (
+        pixels // (config.codec.stride * patch)
+        for pixels, patch in zip(config.source.size, config.model.patch_size[1:], strict=True)
+    )
+    return rows, columns
+
+
+def build_transformer(config: RunConfig) -> VideoTransformer:
+    """A transformer with fresh weights, from the generator's present state."""
+    sizes = to_dict(config.model)
+    del sizes["frames_per_block"]
+    return VideoTransformer(**sizes | {"patch_size": tuple(config.model.patch_size)})
+
+
+def build_head(config: RunConfig, *, log: bool = False) -> SalienceHead:
+    """A salience head with fresh weights."""
+    return SalienceHead(
+        num_layers=config.model.num_layers,
+        width=config.model.num_heads * config.model.head_dim,
+        hidden=config.head.hidden,
+        grid=token_grid(config),
+        log=log,
+    )
+
+
+def stage_type(kind: str) -> type[Stage]:
+    """The class of a stage kind.
+
+    Raises:
+        ConfigError: If there is none of that name.
+    """
+    if kind not in STAGES:
+        raise ConfigError(f"stage kind must be one of {list(STAGES)}, found {kind!r}")
+    return STAGES[kind]
+
+
+def stage_seed(config: RunConfig, stage_name: str) -> int:
+    """Seed of a stage: its own, or derived from the run's and its name."""
+    own = config.stages[stage_name].seed
+    return own if own is not None else derive_seed(config.seed, "stage", stage_name)
+
+
+def input_paths(config: RunConfig, stage: StageConfig) -> dict[str, Path]:
+    """Folder of the export behind each input role."""
+    return {
+        role: Path(origin) if "/" in origin else run_folder(config) / origin
+        for role, origin in stage.inputs.items()
+    }
+
+
+def load_inputs(config: RunConfig, stage_name: str) -> dict[str, Export]:
+    """The exports a stage starts from, checked for role and network geometry.
+
+    Raises:
+        UserError: If one is missing, has another role, or was made with another network.
+    """
+    stage = config.stages[stage_name]
+    expected = {"teacher": "teacher", "student": "student", "critic": "student"}
+    exports = {}
+    for role, path in input_paths(config, stage).items():
+        if role not in expected:
+            raise ConfigError(
+                f"stages.{stage_name}.inputs knows the roles {list(expected)}, found {role!r}"
+            )
+        export = load_export(path, role=expected[role])
+        found, wanted = export.manifest["config"]["model"], to_dict(config.model)
+        wrong = sorted(key for key in wanted if found.get(key) != wanted[key])
+        if wrong:
+            raise UserError(
+                f"{path} must hold the network of this run, but differs in model."
+                f"{', model.'.join(wrong)}; take another checkpoint or change the config"
+            )
+        exports[role] = export
+    return exports
+
+
+def _build_network(
+    config: RunConfig,
+    stage_name: str,
+    name: str,
+    sources: tuple[tuple[str, str], ...],
+    exports: Mapping[str, Export],
+) -> nn.Module:
+    """A network of a stage: fresh if it has no sources, else loaded from the first one given."""
+    params = config.stages[stage_name].params
+    is_head = name == "head"
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(stage_seed(config, stage_name), "weights", name))
+        network = (
+            build_head(config, log=bool(params.get("log", False)))
+            if is_head
+            else build_transformer(config)
+        )
+    if not sources:
+        return network
+    for role, stem in sources:
+        if role in exports:
+            export = exports[role]
+            if is_head:
+                network = build_head(config, log=export.manifest["config"]["head_log"])
+            network.load_state_dict(export.tensors(stem))
+            return network
+    raise ConfigError(
+        f"stages.{stage_name}.inputs must name one of {[role for role, _ in sources]} for its "
+        f"{name}, found {list(exports)}; add an earlier stage or the path of an export"
+    )
+
+
+def build_stage(config: RunConfig, stage_name: str) -> tuple[Stage, LatentDataModule]:
+    """A stage with its networks, and its data, ready for `fit`.
+
+    Raises:
+        UserError: If the config, an input or the data set does not fit.
+    """
+    settings = config.stages[stage_name]
+    cls = stage_type(settings.kind)
+    exports = load_inputs(config, stage_name)
+    grid = token_grid(config)
+    networks, frozen = (
+        {
+            name: _build_network(config, stage_name, name, sources, exports)
+            for name, sources in wanted.items()
+        }
+        for wanted in (cls.network_sources, cls.frozen_sources)
+    )
+    stage = cls(
+        settings,
+        seed=stage_seed(config, stage_name),
+        networks=networks,
+        frozen=frozen,
+        params=parse_section(cls.params_type, settings.params, key=f"stages.{stage_name}.params"),
+        frames_per_block=config.model.frames_per_block,
+        frame_seq_len=grid[0] * grid[1],
+    )
+    datamodule = LatentDataModule(
+        latents_folder(config),
+        batch_size=settings.batch * settings.accumulate,
+        frames=settings.frames,
+        seed=stage_seed(config, stage_name),
+        workers=config.data.workers,
+        window_shards=config.data.window_shards,
+        num_batches=settings.steps,
+    )
+    return stage, datamodule
+
+
+def run_stage(config: RunConfig, stage_name: str) -> None:
+    """Train a stage to its end, from its newest checkpoint if there is one, and export it."""
+    stage, datamodule = build_stage(config, stage_name)
+    codec = build_codec(config.codec)
+    folder = run_folder(config) / stage_name
+    exports = load_inputs(config, stage_name)
+    parents = {role: export.hash for role, export in exports.items()}
+    fit(
+        stage,
+        datamodule,
+        folder=folder,
+        config=config,
+        stage_name=stage_name,
+        decode=codec.decode,
+        fps=config.source.world.fps,
+        input_hashes=parents,
+    )
+    weights = {}
+    for stem, name in stage.exported.items():
+        if name in stage.engines:
+            engine = stage.engine(name)
+            weights[stem] = engine.weights(ema=engine.settings.ema > 0)
+        else:
+            weights[stem] = dict(stage.frozen[name].state_dict())
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+        return
+    write_export(
+        folder / "export",
+        weights=weights,
+        manifest=export_manifest(config, stage, stage_name, exports),
+    )
+
+
+def export_manifest(
+    config: RunConfig, stage: Stage, stage_name: str, inputs: Mapping[str, Export]
+) -> dict[str, object]:
+    """What a loader must know about an export.
+
+    A stage that leaves the student alone hands on the sampler of its input.
+    """
+    sampler = stage.sampler_sigmas()
+    if sampler is None and "student" in inputs:
+        sampler = inputs["student"].sampler
+    heads = [group["head"] for group in (stage.networks, stage.frozen) if "head" in group]
+    return {
+        "role": stage.export_role,
+        "stage": stage_name,
+        "kind": config.stages[stage_name].kind,
+        "train_seed": config.seed,
+        "steps": stage.completed,
+        "sampler": None if sampler is None else {"sigmas": sampler[0], "renoise": sampler[1]},
+        "config": {
+            "model": to_dict(config.model),
+            "head": to_dict(config.head),
+            "head_log": bool(heads and heads[0].log),
+            "grid": list(token_grid(config)),
+            "codec": to_dict(config.codec),
+            "text": to_dict(config.text),
+            "size": list(config.source.size),
+            "fps": config.source.world.fps,
+            "frames": config.stages[stage_name].frames,
+        },
+        "parents": {role: export.hash for role, export in inputs.items()},
+        "config_hash": config_hash(config),
+    }

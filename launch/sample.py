@@ -1,0 +1,180 @@
+"""`python -m launch sample`: a video of any length from a trained student, written as it grows."""
+
+import argparse
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+from tqdm import tqdm
+
+from configs.errors import UserError
+from data.video import VideoWriter, read_video
+from launch.student import Student, load_student
+from models.kv_cache import KVCache
+from models.kv_policy import POLICIES, build_policy
+from models.rollout import NoiseSource, denoise_block, recache, refresh
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the verb."""
+    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="stage folder or export")
+    parser.add_argument("--prompt", required=True, help="caption of the video")
+    parser.add_argument(
+        "--prompt-at",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("FRAME", "TEXT"),
+        help="change the prompt at this latent frame (next block); may be repeated",
+    )
+    parser.add_argument("--prefix", type=Path, help="video whose frames are continued")
+    parser.add_argument("--prefix-frames", type=int, default=24, help="how many of them")
+    parser.add_argument("--frames", type=int, required=True, help="latent frames, prefix included")
+    parser.add_argument("--policy", default="salience", help=", ".join(sorted(POLICIES)))
+    parser.add_argument(
+        "--param",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="parameter of the policy, e.g. age_weight=0.1 or weights=[1,1,1]",
+    )
+    parser.add_argument("--budget", type=int, required=True, help="tokens kept per layer")
+    parser.add_argument("--sink-frames", type=int, default=1)
+    parser.add_argument("--recent-frames", type=int, default=2)
+    parser.add_argument("--time", default="absolute", choices=("absolute", "relative"))
+    parser.add_argument("--steps", type=int, help="denoising steps; the student's own by default")
+    parser.add_argument("--shift", type=float, default=5.0, help="with --steps")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--scale", type=int, default=1, help="draw a pixel as N x N pixels")
+    parser.add_argument("--out", type=Path, required=True, help="an .mp4 file")
+
+
+@torch.no_grad()
+def sample(arguments: argparse.Namespace) -> None:
+    """Generate one video and write it block by block; memory does not grow with its length.
+
+    Raises:
+        UserError: If the checkpoint, a flag, the prefix or the output folder does not fit.
+    """
+    student = load_student(arguments.checkpoint)
+    student.network.to(arguments.device)
+    if student.head is not None:
+        student.head.to(arguments.device)
+    prompts = _prompts(arguments, student)
+    cache, noise = _start(arguments, student)
+    prefix = _read_prefix(arguments, student)
+    num_frames = -(-arguments.frames // student.frames_per_block) * student.frames_per_block
+    began = time.perf_counter()
+    writer = VideoWriter(arguments.out, student.fps, student.size, scale=arguments.scale)
+    with writer, tqdm(total=num_frames, unit="frame", file=sys.stderr) as bar:
+        for block in _blocks(student, cache, noise, prompts, prefix, num_frames):
+            pixels = student.codec.decode(block[0].cpu())
+            levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+            writer.write(levels.permute(0, 2, 3, 1).numpy())
+            bar.update(block.shape[1])
+    seconds = time.perf_counter() - began
+    sys.stdout.write(
+        f"{arguments.out}: {num_frames} frames, {num_frames / seconds:.1f} FPS, "
+        f"{cache.num_tokens} tokens per layer cached, {cache.num_bytes} bytes\n"
+    )
+
+
+def _prompts(arguments: argparse.Namespace, student: Student) -> list[tuple[int, Tensor]]:
+    """(first frame, encoded prompt) in order of time; the first is for frame 0."""
+    prompts = [(0, arguments.prompt)]
+    for frame, text in arguments.prompt_at:
+        if not frame.isdigit() or not 0 < int(frame) < arguments.frames:
+            raise UserError(
+                f"--prompt-at needs a frame between 1 and --frames {arguments.frames}, got {frame}"
+            )
+        prompts.append((int(frame), text))
+    encoded = [(frame, student.text(text)[0][None].to(arguments.device)) for frame, text in prompts]
+    return sorted(encoded, key=lambda prompt: prompt[0])
+
+
+def _start(arguments: argparse.Namespace, student: Student) -> tuple[KVCache, NoiseSource]:
+    params: dict[str, Any] = {}
+    for item in arguments.param:
+        if "=" not in item:
+            raise UserError(f"--param must be KEY=VALUE, got {item!r}")
+        params.update(OmegaConf.from_dotlist([item]))
+    if arguments.steps is not None:
+        student.sampler = student.with_steps(arguments.steps, shift=arguments.shift)
+    seeds = torch.tensor([arguments.seed], device=arguments.device)
+    try:
+        cache = student.new_cache(
+            build_policy(arguments.policy, params),
+            seeds,
+            budget_tokens=arguments.budget,
+            sink_frames=arguments.sink_frames,
+            recent_frames=arguments.recent_frames,
+            time=arguments.time,
+            max_lag=student.export.manifest["config"]["frames"] - 1,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return cache, NoiseSource(seeds)
+
+
+def _read_prefix(arguments: argparse.Namespace, student: Student) -> Tensor | None:
+    """Latents of the frames to continue.  [1, P, C, H, W]."""
+    if arguments.prefix is None:
+        return None
+    if arguments.prefix_frames % student.frames_per_block or arguments.prefix_frames < 1:
+        raise UserError(
+            f"--prefix-frames must be whole blocks of {student.frames_per_block} frames, "
+            f"got {arguments.prefix_frames}"
+        )
+    pixels = read_video(arguments.prefix, frames=range(arguments.prefix_frames), size=student.size)
+    frames = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return student.codec.encode(frames)[None].to(arguments.device)
+
+
+def _blocks(
+    student: Student,
+    cache: KVCache,
+    noise: NoiseSource,
+    prompts: list[tuple[int, Tensor]],
+    prefix: Tensor | None,
+    num_frames: int,
+) -> Iterator[Tensor]:
+    """Blocks of one video; re-caches where the prompt changes."""
+    size = student.frames_per_block
+    known = iter(()) if prefix is None else iter(prefix.split(size, dim=1))
+    window = student.export.manifest["config"]["frames"] // 2 // size
+    history: deque[Tensor] = deque(maxlen=max(1, window))
+    sink: list[Tensor] = []
+    pending = deque(prompts)
+    text = pending.popleft()[1]
+    for start in range(0, num_frames, size):
+        if pending and pending[0][0] <= start:
+            text = pending.popleft()[1]
+            recache(
+                student.network,
+                text,
+                torch.cat(list(history), dim=1),
+                cache=cache,
+                sink=torch.cat(sink, dim=1),
+            )
+        block = next(known, None)
+        if block is None:
+            block = denoise_block(
+                student.network,
+                text,
+                cache=cache,
+                noise=noise,
+                shape=(size, *student.latent_shape),
+                sampler=student.sampler,
+            )
+        refresh(student.network, text, block, cache=cache)
+        history.append(block)
+        if start < max(cache.spec.sink_frames, 1):
+            sink.append(block)
+        yield block

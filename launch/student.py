@@ -1,0 +1,146 @@
+"""A trained student as sampling and evaluation use it: network, head, codec, text, sampler."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from configs.load import parse_section
+from configs.schema import CodecConfig, TextConfig
+from data.codec import Codec, build_codec
+from data.text import TextEncoder, build_text
+from launch.export import Export, load_export, load_weights
+from models.flow import sampling_sigmas
+from models.kv_cache import CacheSpec, KVCache
+from models.kv_policy import CachePolicy
+from models.rollout import Sampler, make_cache
+from models.salience import SalienceHead
+from models.transformer import VideoTransformer
+
+
+@dataclass
+class Student:
+    """What an export of a student holds, rebuilt.
+
+    Attributes:
+        export: Where it came from.
+        network: In evaluation mode.
+        head: Salience head, if the stage that wrote the export had one.
+        sampler: Noise levels it was trained or chosen for.
+        codec: Latents from and to pixels.
+        text: Caption encoder.
+        grid: Token (rows, columns) of a frame.
+        frames_per_block: Frames generated together.
+        size: Height and width in pixels.
+        fps: Frames per second.
+    """
+
+    export: Export
+    network: VideoTransformer
+    head: SalienceHead | None
+    sampler: Sampler
+    codec: Codec
+    text: TextEncoder
+    grid: tuple[int, int]
+    frames_per_block: int
+    size: tuple[int, int]
+    fps: int
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of a latent frame."""
+        height, width = (pixels // self.codec.stride for pixels in self.size)
+        return self.codec.channels, height, width
+
+    @property
+    def frame_seq_len(self) -> int:
+        """Tokens per latent frame."""
+        return self.grid[0] * self.grid[1]
+
+    def with_steps(self, num_steps: int, *, shift: float) -> Sampler:
+        """The student's rule of sampling with another number of steps."""
+        return Sampler(sampling_sigmas(num_steps, shift), renoise=self.sampler.renoise)
+
+    def new_cache(
+        self,
+        policy: CachePolicy,
+        seeds: Tensor,
+        *,
+        budget_tokens: int,
+        sink_frames: int = 1,
+        recent_frames: int = 2,
+        time: str = "absolute",
+        max_lag: int = 0,
+        sampler: Sampler | None = None,
+    ) -> KVCache:
+        """An empty cache for a batch of videos; arguments as in `models.kv_cache.CacheSpec`.
+
+        Raises:
+            ValueError: If the budget is too small or the policy needs a head that is not there.
+        """
+        return make_cache(
+            self.network,
+            spec=CacheSpec(
+                budget_tokens=budget_tokens,
+                tokens_per_frame=self.frame_seq_len,
+                frames_per_block=self.frames_per_block,
+                sink_frames=sink_frames,
+                recent_frames=recent_frames,
+                time=time,
+                max_lag=max_lag,
+            ),
+            policy=policy,
+            seeds=seeds,
+            sampler=sampler or self.sampler,
+            head=self.head,
+        )
+
+
+def transformer_from_config(model: dict[str, Any]) -> VideoTransformer:
+    """A transformer of the sizes in a manifest or resolved config, with fresh weights."""
+    sizes = {key: value for key, value in model.items() if key != "frames_per_block"}
+    return VideoTransformer(**sizes | {"patch_size": tuple(model["patch_size"])})
+
+
+def head_from_config(config: dict[str, Any]) -> SalienceHead:
+    """The salience head of an export's `config` section, with fresh weights."""
+    model = config["model"]
+    return SalienceHead(
+        num_layers=model["num_layers"],
+        width=model["num_heads"] * model["head_dim"],
+        hidden=config["head"]["hidden"],
+        grid=(config["grid"][0], config["grid"][1]),
+        log=config["head_log"],
+    )
+
+
+def load_student(path: Path) -> Student:
+    """Rebuild the student of a stage folder or export.
+
+    Raises:
+        ExportError: If there is none, it is damaged, or it is no student.
+    """
+    export = load_export(path, role="student")
+    config = export.manifest["config"]
+    network = transformer_from_config(config["model"])
+    load_weights(network, export, stem="transformer")
+    head = None
+    if "head" in export.weights:
+        head = head_from_config(config)
+        load_weights(head, export, stem="head")
+        head.eval()
+    sampler = export.sampler
+    assert sampler is not None, "every stage that exports a student names its sampler"
+    return Student(
+        export=export,
+        network=network.eval(),
+        head=head,
+        sampler=Sampler(*sampler),
+        codec=build_codec(parse_section(CodecConfig, config["codec"], key="codec")),
+        text=build_text(parse_section(TextConfig, config["text"], key="text")),
+        grid=(config["grid"][0], config["grid"][1]),
+        frames_per_block=config["model"]["frames_per_block"],
+        size=(config["size"][0], config["size"][1]),
+        fps=config["fps"],
+    )
