@@ -53,7 +53,8 @@ def run_one(config: RunConfig, name: str) -> None:
     names = [step.name for step in steps]
     if name not in names:
         raise ConfigError(f"the plan has the steps {names}, found {name!r}{nearest(name, names)}")
-    run_one_step(steps, name, root=run_folder(config), check=lambda: check_stages(config))
+    check = (lambda: check_stages(config)) if name in config.stages else None
+    run_one_step(steps, name, root=run_folder(config), check=check)
 
 
 def check_stages(config: RunConfig) -> None:
