@@ -1,0 +1,298 @@
+"""Runs the jobs of an evaluation: students and clips, loaded once per process."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.errors import UserError
+from configs.load import config_hash
+from configs.schema import RunConfig
+from data.truth import NUM_CLASSES, Truth
+from launch.contest import Contestant, Job
+from launch.held_out import HeldOut, content_hash, load
+from launch.rollouts import measure_rollout, roll_out, summarise
+from launch.student import Student, head_from_config, load_student
+from models.kv_cache import KVCache
+from models.salience import SalienceHead
+
+VERSION = 1
+"""Part of every job's key: raise it when a job gives other numbers than before."""
+UNTRAINED_SEED = 0
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Everything that jobs share.
+
+    Attributes:
+        config: Of the run.
+        students: By stage, in the order of the evaluation; each with a head if there is any.
+        head_of: Stage to the stage whose head it uses.
+        clips: Held-out clips that are reported.
+        tuning_clips: Held-out clips on which age weights are chosen.
+        clip_hashes: Content of both.
+    """
+
+    config: RunConfig
+    students: dict[str, Student]
+    head_of: dict[str, str]
+    clips: HeldOut
+    tuning_clips: HeldOut
+    clip_hashes: list[str]
+
+    @property
+    def has_head(self) -> dict[str, bool]:
+        """By stage: whether a head goes with the student."""
+        return {stage: student.head is not None for stage, student in self.students.items()}
+
+    def key(self, job: Job) -> str:
+        """Hash of all that the result of a job follows from."""
+        settings = self.config.evaluate
+        names = ("prefix_frames", "steps", "shift", "sink_frames", "recent_frames", "time")
+        head_of = self.head_of.get(job.stage)
+        return config_hash(
+            {
+                "version": VERSION,
+                "job": job.identity(),
+                "settings": {name: getattr(settings, name) for name in (*names, "max_lag")},
+                "student": self.students[job.stage].export.hash,
+                "head": self.students[head_of].export.hash if head_of else "",
+                "clips": self.clip_hashes,
+            }
+        )
+
+    def new_cache(self, student: Student, job: Job, clips: HeldOut) -> KVCache:
+        """The cache of a job.
+
+        Raises:
+            UserError: If the budget does not hold what the cache protects.
+        """
+        settings = self.config.evaluate
+        try:
+            return student.new_cache(
+                job.contestant.build(job.age_weight),
+                clips.noise_seeds,
+                budget_tokens=job.budget_tokens,
+                sink_frames=settings.sink_frames,
+                recent_frames=settings.recent_frames,
+                time=settings.time,
+                max_lag=settings.max_lag,
+            )
+        except ValueError as error:
+            raise UserError(f"evaluate, policy {job.contestant.name!r}: {error}") from error
+
+    def student_for(self, job: Job) -> Student:
+        """The student of a job, with the head and the number of steps it asks for."""
+        settings, student = self.config.evaluate, self.students[job.stage]
+        steps = job.steps
+        if steps is None and not student.sampler.renoise:
+            steps = settings.steps
+        if steps is not None:
+            student = replace(student, sampler=student.with_steps(steps, shift=settings.shift))
+        if job.contestant.head == "untrained":
+            student = replace(student, head=_untrained(student))
+        return student
+
+    def run(self, job: Job) -> list[dict[str, Any]]:
+        """The rows of a job, one per length."""
+        is_tuning = job.section == "tuning"
+        clips = (self.tuning_clips if is_tuning else self.clips).first(job.clips_per_seed)
+        student = self.student_for(job)
+        cache = self.new_cache(student, job, clips)
+        prefix = 0 if job.section == "prefix_free" else self.config.evaluate.prefix_frames
+        rollout = roll_out(student, clips, cache, num_frames=max(job.frames), prefix_frames=prefix)
+        values = measure_rollout(student, clips, rollout)
+        about = self.describe(job, student) | {
+            "frames_per_second": rollout.frames_per_second,
+            "rollout_seeds": list(dict.fromkeys(clips.groups)),
+            "clips": len(clips.groups),
+        }
+        rows = []
+        for frames in job.frames:
+            tokens, held = rollout.held_tokens, rollout.held_bytes
+            if cache.num_frames > frames and not cache.policy.is_bounded:
+                tokens = frames * student.frame_seq_len
+                held = held * tokens // rollout.held_tokens
+            share = tokens / (student.export.manifest["config"]["frames"] * student.frame_seq_len)
+            size = {"budget_tokens": tokens, "budget_share": share, "kv_bytes": held}
+            numbers = summarise(
+                values,
+                clips.groups,
+                prefix_frames=prefix,
+                num_frames=frames,
+                period=clips.truth[0].period,
+            )
+            rows.append(about | {"frames": frames} | size | numbers)
+        return rows
+
+    def describe(self, job: Job, student: Student) -> dict[str, Any]:
+        """What a row says of its job besides the numbers."""
+        return {
+            "stage": job.stage,
+            "policy": job.contestant.name,
+            "weights": job.contestant.weights,
+            "age_weight": job.age_weight,
+            "steps": student.sampler.num_steps,
+            "train_seed": student.export.manifest["train_seed"],
+            "head_stage": self.head_of.get(job.stage) if job.contestant.head else None,
+        }
+
+    def world(self) -> dict[str, Any]:
+        """Facts about the test that the report explains."""
+        student, truth = next(iter(self.students.values())), self.clips.truth[0]
+        return {
+            "identities": len(truth.colors),
+            "period": truth.period,
+            "frames_shown": _frames_shown(truth),
+            "prefix_frames": self.config.evaluate.prefix_frames,
+            "training_frames": student.export.manifest["config"]["frames"],
+            "tokens_per_frame": student.frame_seq_len,
+            "frames_per_block": student.frames_per_block,
+            "chance": 1 / NUM_CLASSES,
+        }
+
+
+def _frames_shown(truth: Truth) -> int:
+    return truth.period // len(truth.colors)
+
+
+def _untrained(student: Student) -> SalienceHead:
+    """A head with the statistics of the trained one and fresh weights, the same in every run."""
+    assert student.head is not None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(UNTRAINED_SEED)
+        head = head_from_config(student.export.manifest["config"])
+    for name, values in student.head.named_buffers():
+        head.get_buffer(name).copy_(values)
+    return head.to(values.device).eval()
+
+
+def load_bench(config: RunConfig, ckpts: Sequence[Path], clips: Path) -> Bench:
+    """Load students and clips.
+
+    A student without a head borrows that of the last earlier checkpoint that has one.
+
+    Raises:
+        UserError: If a checkpoint is missing, damaged or no student, or lengths do not fit.
+    """
+    settings = config.evaluate
+    students: dict[str, Student] = {}
+    head_of: dict[str, str] = {}
+    device = _device(config)
+    last = ""
+    for path in ckpts:
+        student = load_student(path)
+        stage = str(student.export.manifest["stage"])
+        if stage in students:
+            stage = f"{stage}-{student.export.hash[:6]}"
+        if student.head is None and last:
+            student.head = students[last].head
+        elif student.head is not None:
+            student.head.to(device)
+            last = stage
+        if last:
+            head_of[stage] = last
+        student.network.to(device)
+        students[stage] = student
+        _check_lengths(config, student)
+    seeds = [*settings.seeds, settings.tune_seed]
+    return Bench(
+        config=config,
+        students=students,
+        head_of=head_of,
+        clips=load(clips, settings.seeds).to(device),
+        tuning_clips=load(clips, [settings.tune_seed]).to(device),
+        clip_hashes=content_hash(clips, seeds),
+    )
+
+
+def _check_lengths(config: RunConfig, student: Student) -> None:
+    size = student.frames_per_block
+    for name in ("prefix_frames", "frames"):
+        value = getattr(config.evaluate, name)
+        lengths = value if isinstance(value, list) else [value]
+        if any(length % size for length in lengths):
+            raise UserError(
+                f"evaluate.{name} must be whole blocks of {size} frames, found {value}; "
+                "choose multiples"
+            )
+
+
+def _device(config: RunConfig) -> torch.device:
+    wanted = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if wanted else "cpu")
+
+
+def run_jobs(
+    bench: Bench, jobs: Sequence[Job], *, ckpts: Sequence[Path], clips: Path
+) -> Iterator[tuple[Job, list[dict[str, Any]]]]:
+    """Run jobs and yield each with its rows when it is done, in any order.
+
+    On a CPU `trainer.threads` jobs run at a time, each in a process with one thread: a rollout is
+    a long chain of small operations, which several threads slow down rather than speed up.
+    """
+    workers = min(config_workers(bench.config), len(jobs))
+    if workers <= 1:
+        for job in jobs:
+            yield job, bench.run(job)
+        return
+    pool = ProcessPoolExecutor(
+        workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(bench.config, tuple(ckpts), clips),
+    )
+    try:
+        futures = {pool.submit(_run_in_worker, job): job for job in jobs}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def config_workers(config: RunConfig) -> int:
+    """Processes that share the jobs."""
+    return 1 if _device(config).type == "cuda" else config.trainer.threads
+
+
+_worker: dict[str, Bench] = {}
+"""The bench of this process, where it is a worker."""
+
+
+def _start_worker(config: RunConfig, ckpts: Sequence[Path], clips: Path) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    _worker["bench"] = load_bench(config, ckpts, clips)
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed cannot stop its workers; they must notice."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+def _run_in_worker(job: Job) -> list[dict[str, Any]]:
+    return _worker["bench"].run(job)
+
+
+def check_budgets(bench: Bench, jobs: Sequence[Job]) -> None:
+    """Raise `UserError` if a budget is too small for a job, before the first one runs."""
+    one = bench.clips.first(1)
+    seen: set[tuple[str, Contestant, int]] = set()
+    for job in jobs:
+        case = (job.stage, job.contestant, job.budget_tokens)
+        if case not in seen:
+            seen.add(case)
+            bench.new_cache(bench.student_for(job), job, one)

@@ -1,0 +1,193 @@
+"""Who competes in an evaluation, and which rollouts that takes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from configs.schema import EvaluateConfig
+from models.kv_policy import POLICIES, CachePolicy, build_policy
+
+FORMS: dict[str, dict[str, dict[str, Any]]] = {
+    "random": {"random": {"redraw": True}, "random_once": {"redraw": False}}
+}
+"""Policies that compete in several forms: name in the results to parameters."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A cache policy with everything fixed but budget and age weight.
+
+    Attributes:
+        name: In the results.
+        policy: Registered name.
+        params: Its parameters, the age weight left out.
+        head: `trained`, `untrained`, or nothing for a policy that needs none.
+        is_scored: Whether it has an age weight, which is then tuned.
+    """
+
+    name: str
+    policy: str
+    params: tuple[tuple[str, Any], ...] = ()
+    head: str = ""
+    is_scored: bool = False
+
+    @property
+    def weights(self) -> list[float] | None:
+        """Weights of later, within, earlier, for a policy that has them."""
+        found = dict(self.params).get("weights")
+        return None if found is None else list(found)
+
+    def build(self, age_weight: float | None) -> CachePolicy:
+        """The policy itself."""
+        params = dict(self.params)
+        return build_policy(
+            self.policy, params if age_weight is None else params | {"age_weight": age_weight}
+        )
+
+
+@dataclass(frozen=True)
+class Job:
+    """One rollout of all clips, and what is reported of it.
+
+    Attributes:
+        section: Where its rows go: `tuning`, `policies`, `quality` or `prefix_free`.
+        stage: Whose student.
+        contestant: Which cache.
+        budget_tokens: Ignored by policies without a bound.
+        frames: Lengths that are reported; the rollout has the longest.
+        age_weight: None if there is none, or if it is to be taken from the tuning.
+        steps: Denoising steps; None = the student's own.
+        clips_per_seed: Clips of each seed.
+    """
+
+    section: str
+    stage: str
+    contestant: Contestant
+    budget_tokens: int
+    frames: tuple[int, ...]
+    age_weight: float | None = None
+    steps: int | None = None
+    clips_per_seed: int = 0
+
+    @property
+    def tuned_by(self) -> tuple[str, str, list[float] | None, int]:
+        """What the tuned age weight belongs to."""
+        return self.stage, self.contestant.name, self.contestant.weights, self.budget_tokens
+
+    def identity(self) -> dict[str, Any]:
+        """Plain values that tell it from every other job."""
+        return asdict(self)
+
+
+def contestants(settings: EvaluateConfig, *, has_head: bool) -> list[Contestant]:
+    """Every registered policy in its forms, the untrained and the inverted head."""
+    found = []
+    for policy, cls in POLICIES.items():
+        names = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+        is_scored = "age_weight" in names
+        if cls.needs_head and not has_head:
+            continue
+        head = "trained" if cls.needs_head else ""
+        for name, params in FORMS.get(policy, {policy: {}}).items():
+            for weights in _weightings(policy, names, settings):
+                given = tuple((params | weights).items())
+                found.append(Contestant(name, policy, given, head, is_scored))
+    if has_head:
+        found += _sanity_checks(settings)
+    return found
+
+
+def _weightings(policy: str, names: set[str], settings: EvaluateConfig) -> Sequence[dict[str, Any]]:
+    """All weightings for the salience policy, the first for others that have weights."""
+    if "weights" not in names:
+        return [{}]
+    chosen = settings.weights if policy == "salience" else settings.weights[:1]
+    return [{"weights": tuple(weights)} for weights in chosen]
+
+
+def _sanity_checks(settings: EvaluateConfig) -> list[Contestant]:
+    first = tuple(settings.weights[0])
+    inverted = tuple(-weight for weight in first)
+    return [
+        Contestant("untrained_head", "salience", (("weights", first),), "untrained", True),
+        Contestant("inverted_head", "salience", (("weights", inverted),), "trained", True),
+    ]
+
+
+def plan_jobs(settings: EvaluateConfig, *, has_head: Mapping[str, bool]) -> list[Job]:
+    """All jobs in order, the tuning before what depends on it.
+
+    The first stage is tried with every contestant, the others with `settings.contenders`.
+
+    Args:
+        settings: Of the evaluation.
+        has_head: Stages in their order, and whether a head goes with their student.
+    """
+    stages = list(has_head)
+    jobs: list[Job] = []
+    for stage in stages:
+        everyone = contestants(settings, has_head=has_head[stage])
+        contenders = [c for c in everyone if c.name in settings.contenders]
+        is_first = stage == stages[0]
+        jobs += _short_jobs(settings, stage, everyone if is_first else contenders, is_first)
+        if stage in (settings.long_stages or stages):
+            jobs += _long_jobs(settings, stage, contenders)
+        jobs += _other_jobs(settings, stage, contenders)
+    needed = dict.fromkeys(_tuning_of(job) for job in jobs if job.contestant.is_scored)
+    tuning = [job for job in needed for job in _tuning_jobs(settings, job)]
+    return tuning + jobs
+
+
+def _short_jobs(
+    settings: EvaluateConfig, stage: str, chosen: Sequence[Contestant], is_first: bool
+) -> list[Job]:
+    budgets = settings.budgets if is_first else settings.budgets[-1:]
+    return [
+        Job("policies", stage, contestant, budget, (min(settings.frames),),
+            clips_per_seed=settings.clips_per_seed)
+        for contestant in chosen
+        for budget in (budgets if POLICIES[contestant.policy].is_bounded else budgets[-1:])
+    ]  # fmt: skip
+
+
+def _long_jobs(settings: EvaluateConfig, stage: str, contenders: Sequence[Contestant]) -> list[Job]:
+    longer = sorted(settings.frames)[1:]
+    jobs = []
+    for contestant in contenders:
+        bounded = POLICIES[contestant.policy].is_bounded
+        frames = tuple(f for f in longer if bounded or f <= settings.unbounded_frames)
+        if frames:
+            jobs.append(
+                Job("policies", stage, contestant, settings.budgets[-1], frames,
+                    clips_per_seed=settings.long_clips_per_seed)
+            )  # fmt: skip
+    return jobs
+
+
+def _other_jobs(
+    settings: EvaluateConfig, stage: str, contenders: Sequence[Contestant]
+) -> list[Job]:
+    """Sharpness over the number of steps, without eviction; and rollouts from the caption alone."""
+    full = Contestant("full", "full")
+    shared: dict[str, Any] = {"clips_per_seed": settings.long_clips_per_seed}
+    budget, frames = settings.budgets[-1], (min(settings.frames),)
+    quality = [
+        Job("quality", stage, full, budget, frames, steps=steps, **shared)
+        for steps in settings.quality_steps
+    ]
+    free = [
+        Job("prefix_free", stage, contestant, budget, frames, **shared) for contestant in contenders
+    ]
+    return quality + free
+
+
+def _tuning_of(job: Job) -> Job:
+    return Job("tuning", job.stage, job.contestant, job.budget_tokens, ())
+
+
+def _tuning_jobs(settings: EvaluateConfig, job: Job) -> list[Job]:
+    return [
+        Job("tuning", job.stage, job.contestant, job.budget_tokens, (min(settings.frames),),
+            age_weight=age_weight, clips_per_seed=settings.tune_clips)
+        for age_weight in settings.age_weights
+    ]  # fmt: skip

@@ -1,0 +1,173 @@
+"""`python -m launch evaluate`: compare cache policies on rollouts of held-out clips.
+
+out/
+  clips/            held-out clips, by way of mp4 files, shards and codec like the training data
+  rows.jsonl        what is finished; a killed evaluation continues behind it
+  videos/, kept.safetensors, salience.safetensors    material of the report
+  results.json      written last
+"""
+
+import json
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from configs.errors import UserError
+from configs.schema import RunConfig
+from data.files import write_atomically
+from launch.bench import Bench, check_budgets, load_bench, run_jobs
+from launch.contest import Job, contestants, plan_jobs
+from launch.exhibits import examine_heads, shown_contestants, write_videos
+from launch.held_out import prepare
+
+TEST_FIELDS = ("policies", "quality", "prefix_free")
+
+
+def evaluate(config: RunConfig, ckpts: Sequence[Path], out: Path) -> None:
+    """Roll out every student with its cache policies and write `out/results.json`.
+
+    The result depends on nothing but config and checkpoints, `frames_per_second` aside.
+
+    Args:
+        config: Of the run; `config.evaluate` says what to compare.
+        ckpts: Stage folders or exports of students; the first is compared with all policies.
+        out: Folder of the results; what an interrupted evaluation left there is used.
+
+    Raises:
+        UserError: If a checkpoint, a budget or a length does not fit, or the videos have no truth.
+    """
+    if not ckpts:
+        raise UserError("an evaluation needs at least one checkpoint of a student, found none")
+    clips = out / "clips"
+    prepare(config, clips)
+    bench = load_bench(config, ckpts, clips)
+    jobs = plan_jobs(config.evaluate, has_head=bench.has_head)
+    check_budgets(bench, jobs)
+    record = Record(out / "rows.jsonl")
+    with tqdm(total=len(jobs), desc="evaluate", unit="rollout") as bar:
+        tuning = [job for job in jobs if job.section == "tuning"]
+        _work(bench, tuning, record, bar, ckpts=ckpts, clips=clips)
+        ages = choose_age_weights([(job, record.rows(bench.key(job))) for job in tuning])
+        rest = [resolve_age(job, ages) for job in jobs if job.section != "tuning"]
+        _work(bench, rest, record, bar, ckpts=ckpts, clips=clips)
+    results = {
+        "name": config.name,
+        "plan": list(config.stages),
+        "stages": list(bench.students),
+        "world": bench.world(),
+        **_rows_by_section(bench, rest, record),
+        "tuning": [_without_rollout(row) for job in tuning for row in record.rows(bench.key(job))],
+        "head": examine_heads(bench, out / "salience.safetensors"),
+    }
+    write_videos(bench, _shown_jobs(bench, ages), out / "videos")
+    write_atomically(out / "results.json", json.dumps(results, indent=1).encode())
+
+
+class Record:
+    """Rows of finished jobs, by the key of the job, in a file that survives a kill.
+
+    A torn last line is dropped, rows of other settings stay and are not used.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._rows: dict[str, list[dict[str, Any]]] = {}
+        if path.exists():
+            whole = path.read_bytes().rpartition(b"\n")[0]
+            for line in whole.splitlines():
+                entry = json.loads(line)
+                self._rows[entry["key"]] = entry["rows"]
+            write_atomically(path, whole + b"\n" if whole else b"")
+
+    def __contains__(self, key: str) -> bool:
+        """Whether the job is finished."""
+        return key in self._rows
+
+    def rows(self, key: str) -> list[dict[str, Any]]:
+        """Of a finished job."""
+        return self._rows[key]
+
+    def add(self, key: str, rows: list[dict[str, Any]]) -> None:
+        """Take in a finished job; it is on the disk when this returns."""
+        with self.path.open("ab") as file:
+            file.write(json.dumps({"key": key, "rows": rows}).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._rows[key] = rows
+
+
+def _work(
+    bench: Bench,
+    jobs: Sequence[Job],
+    record: Record,
+    bar: "tqdm[Any]",
+    *,
+    ckpts: Sequence[Path],
+    clips: Path,
+) -> None:
+    """Run what is not yet on record."""
+    todo = [job for job in jobs if bench.key(job) not in record]
+    bar.update(len(jobs) - len(todo))
+    for job, rows in run_jobs(bench, todo, ckpts=ckpts, clips=clips):
+        record.add(bench.key(job), rows)
+        bar.set_postfix_str(f"{job.stage} {job.contestant.name}", refresh=False)
+        bar.update()
+
+
+def choose_age_weights(
+    tried: Sequence[tuple[Job, list[dict[str, Any]]]],
+) -> dict[str, float]:
+    """The age weight of highest accuracy for each scored policy and budget; the first of equals.
+
+    Args:
+        tried: Tuning jobs in the order of the grid, with their rows.
+    """
+    best: dict[str, tuple[float, float]] = {}
+    for job, rows in tried:
+        assert job.age_weight is not None
+        accuracy = statistics.fmean(row["identity_accuracy"]["mean"] for row in rows)
+        key = str(job.tuned_by)
+        if key not in best or accuracy > best[key][0]:
+            best[key] = (accuracy, job.age_weight)
+    return {key: age_weight for key, (_, age_weight) in best.items()}
+
+
+def resolve_age(job: Job, ages: dict[str, float]) -> Job:
+    """The job with its tuned age weight, if its policy has one."""
+    if not job.contestant.is_scored:
+        return job
+    return replace(job, age_weight=ages[str(job.tuned_by)])
+
+
+def _rows_by_section(
+    bench: Bench, jobs: Sequence[Job], record: Record
+) -> dict[str, list[dict[str, Any]]]:
+    sections: dict[str, list[dict[str, Any]]] = {name: [] for name in TEST_FIELDS}
+    for job in jobs:
+        sections[job.section] += record.rows(bench.key(job))
+    return sections
+
+
+def _without_rollout(row: dict[str, Any]) -> dict[str, Any]:
+    """Of a tuning row, what was tried and how right it was."""
+    names = ("stage", "policy", "weights", "age_weight", "budget_tokens", "identity_accuracy")
+    return {name: row[name] for name in names}
+
+
+def _shown_jobs(bench: Bench, ages: dict[str, float]) -> dict[str, Job]:
+    """Rollouts of the first stage that the videos show, at the largest budget."""
+    settings = bench.config.evaluate
+    stage = next(iter(bench.students))
+    everyone = contestants(settings, has_head=bench.has_head[stage])
+    frames = (min(settings.frames),)
+    return {
+        contestant.name: resolve_age(
+            Job("policies", stage, contestant, settings.budgets[-1], frames), ages
+        )
+        for contestant in shown_contestants(everyone)
+    }

@@ -1,0 +1,265 @@
+"""What the report shows besides numbers: videos, what is kept, salience on frames."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import save
+from torch import Tensor
+
+from configs.load import parse_section
+from data.files import write_atomically
+from data.truth import truth_at
+from data.video import VideoWriter
+from launch.bench import Bench
+from launch.build import input_paths
+from launch.contest import Contestant, Job
+from launch.export import load_export, load_weights
+from launch.held_out import HeldOut
+from launch.pictures import stack_panels
+from launch.rollouts import decode, measure_rollout, roll_out
+from launch.student import transformer_from_config
+from models.attention import block_causal_mask
+from models.flow import add_noise
+from models.kv_cache import KVCache
+from models.salience import PARTS, head_scores, mask_short_future, salience_targets
+from models.transformer import VideoTransformer
+from train.randomness import sample_noise
+from train.salience import SalienceParams
+
+SHOWN = ("full", "sink_window", "random", "salience")
+"""Policies of the videos, below the truth."""
+VIDEO_SCALE = 4
+SALIENCE_FRAMES = 10
+
+
+def write_videos(bench: Bench, jobs: Mapping[str, Job], folder: Path) -> None:
+    """Videos of the first clips, all policies below each other, with what is right in each frame.
+
+    Args:
+        bench: Of the evaluation.
+        jobs: Rollout of each shown policy, by its name, in the order of the panels.
+        folder: Gets clip-0.mp4 and so on, then clips.json, and kept.safetensors beside it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    clips = _shown_clips(bench)
+    num_frames = min(max(next(iter(jobs.values())).frames), clips.latents.shape[1])
+    student = next(iter(bench.students.values()))
+    panels = {"truth": decode(student, clips.latents.cpu()[:, :num_frames])}
+    words = {"truth": ["1" * num_frames] * len(clips.groups)}
+    kept = {}
+    for name, job in jobs.items():
+        panels[name], words[name], kept[name] = _panel(bench, job, clips, num_frames)
+    content = {name: np.ascontiguousarray(share) for name, share in kept.items()}
+    write_atomically(folder.parent / "kept.safetensors", save(content))
+    budget = next(iter(jobs.values())).budget_tokens
+    described = []
+    for index, truth in enumerate(clips.truth):
+        name = f"clip-{index}.mp4"
+        video = stack_panels([to_pixels(frames[index]) for frames in panels.values()])
+        with VideoWriter(folder / name, student.fps, video.shape[1:3], scale=VIDEO_SCALE,
+                         crf=20) as writer:  # fmt: skip
+            writer.write(video)
+        lit = truth_at(truth, range(num_frames)).lit.tolist()
+        about = {"truth": "", "full": f"grows to {num_frames * student.frame_seq_len} tokens"}
+        shown = [
+            {"series": key, "about": about.get(key, f"{budget} tokens"), "correct": word[index]}
+            for key, word in words.items()
+        ]
+        described.append({"file": name, "lit": lit, "panels": shown})
+    facts = {
+        "fps": student.fps,
+        "frames": num_frames,
+        "prefix_frames": bench.config.evaluate.prefix_frames,
+        "period": clips.truth[0].period,
+        "budget_tokens": budget,
+        "grid": list(student.grid),
+        "clips": described,
+    }
+    write_atomically(folder / "clips.json", json.dumps(facts).encode())
+
+
+def _shown_clips(bench: Bench) -> HeldOut:
+    """The first clips of the first seed."""
+    count = min(bench.config.evaluate.videos, bench.config.evaluate.clips_per_seed)
+    seed = bench.clips.groups[0]
+    clips = bench.clips.first(count)
+    return HeldOut(
+        latents=clips.latents[:count],
+        text=clips.text[:count],
+        truth=clips.truth[:count],
+        noise_seeds=clips.noise_seeds[:count],
+        groups=[seed] * count,
+    )
+
+
+def _panel(
+    bench: Bench, job: Job, clips: HeldOut, num_frames: int
+) -> tuple[Tensor, list[str], NDArray[np.uint8]]:
+    """Frames, a word of 0 and 1 per clip for what is right, and what the first clip kept."""
+    student = bench.student_for(job)
+    cache = bench.new_cache(student, job, clips)
+    held: list[NDArray[np.uint8]] = []
+    rollout = roll_out(
+        student,
+        clips,
+        cache,
+        num_frames=num_frames,
+        prefix_frames=bench.config.evaluate.prefix_frames,
+        on_block=lambda state: held.append(kept_share(state, num_frames, student.grid)),
+    )
+    correct = measure_rollout(student, clips, rollout)["identity_correct"]
+    words = ["".join("01"[int(value)] for value in row) for row in correct.tolist()]
+    return decode(student, rollout.latents), words, np.stack(held)
+
+
+def kept_share(cache: KVCache, num_frames: int, grid: tuple[int, int]) -> NDArray[np.uint8]:
+    """Share of layers that hold each token of the first video, 255 = all.
+
+    Returns:
+        [F, rows, columns], zero for frames to come
+    """
+    counts = np.zeros((num_frames, *grid))
+    for tokens in cache.layers:
+        if tokens is not None:
+            frame, row, column = tokens.positions[0].cpu().numpy().T
+            counts[frame, row, column] += 1
+    return np.rint(255 * counts / len(cache.layers)).astype(np.uint8)
+
+
+def to_pixels(frames: Tensor) -> NDArray[np.uint8]:
+    """Frames [F, 3, H, W] in [-1, 1] as [F, H, W, 3] in 0..255."""
+    levels = ((frames + 1) * 127.5).round().to(torch.uint8)
+    return levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def shown_contestants(contestants: list[Contestant]) -> list[Contestant]:
+    """The first form of each shown policy that takes part."""
+    found: dict[str, Contestant] = {}
+    for contestant in contestants:
+        found.setdefault(contestant.name, contestant)
+    return [found[name] for name in SHOWN if name in found]
+
+
+@torch.inference_mode()
+def examine_heads(bench: Bench, path: Path) -> dict[str, Any]:
+    """Agreement of every head with its teacher, and the pictures of the first head.
+
+    Stages whose teacher cannot be found through the plan of the run are left out.
+
+    Args:
+        bench: Of the evaluation.
+        path: Gets frames and salience, as `launch.material.Material` describes.
+
+    Returns:
+        `spearman` and `recall_at_budget`: stage to part to a value per layer; `budget_share`.
+    """
+    result: dict[str, Any] = {"spearman": {}, "recall_at_budget": {}}
+    pictures: dict[str, NDArray[Any]] = _clip_pictures(bench)
+    for stage, student in bench.students.items():
+        plan = bench.config.stages.get(student.export.manifest["stage"])
+        if plan is None or plan.kind != "salience" or "teacher" not in plan.inputs:
+            continue
+        key = f"stages.{stage}.params"
+        params: SalienceParams = parse_section(SalienceParams, plan.params, key=key)
+        teacher = _load_teacher(input_paths(bench.config, plan)["teacher"])
+        frames = student.export.manifest["config"]["frames"]
+        clips = bench.clips
+        latents, text = clips.latents[:, :frames], clips.text
+        block_len = student.frames_per_block * student.frame_seq_len
+        targets = _targets(teacher.to(latents.device), latents, clips, params, block_len)
+        predicted = _predictions(student.network, student.head, latents, text, block_len)
+        scores = [
+            head_scores(p, t, params.budget_share) for p, t in zip(predicted, targets, strict=True)
+        ]
+        for number, part in enumerate(PARTS):
+            for name, field in (("spearman", "spearman"), ("recall_at_budget", "recall")):
+                values = [getattr(layer[number], field) for layer in scores]
+                result[name].setdefault(stage, {})[part] = values
+        result["budget_share"] = params.budget_share
+        if "target" not in pictures:
+            layer = int(np.argmax(result["spearman"][stage]["later"]))
+            pictures |= _salience_pictures(bench, predicted[layer], targets[layer], layer)
+    write_atomically(path, save(pictures))
+    return result if "budget_share" in result else {}
+
+
+def _clip_pictures(bench: Bench) -> dict[str, NDArray[Any]]:
+    student = next(iter(bench.students.values()))
+    return {
+        "frames": to_pixels(decode(student, bench.clips.latents[0].cpu())),
+        "phase": np.array([bench.clips.truth[0].phase]),
+    }
+
+
+def _salience_pictures(
+    bench: Bench, predicted: Tensor, target: Tensor, layer: int
+) -> dict[str, NDArray[Any]]:
+    """A few frames from the middle of the first clip, with `later` of one layer.
+
+    Args:
+        bench: Of the evaluation.
+        predicted: [N, S, 3]
+        target: [N, S, 3]
+        layer: Which one it is.
+    """
+    student = next(iter(bench.students.values()))
+    length = student.export.manifest["config"]["frames"]
+    span = slice(length // 4, min(length, length // 4 + SALIENCE_FRAMES))
+    frames = decode(student, bench.clips.latents[0, span].cpu())
+    later = {
+        name: values[0, :, 0].unflatten(0, (-1, *student.grid))[span].float().cpu().numpy()
+        for name, values in (("predicted", predicted), ("target", target))
+    }
+    return later | {"salience_frames": to_pixels(frames), "layer": np.array([layer])}
+
+
+def _load_teacher(path: Path) -> VideoTransformer:
+    export = load_export(path, role="teacher")
+    teacher = transformer_from_config(export.manifest["config"]["model"])
+    load_weights(teacher, export, stem="transformer")
+    return teacher.eval()
+
+
+def _targets(
+    teacher: VideoTransformer,
+    latents: Tensor,
+    clips: HeldOut,
+    params: SalienceParams,
+    block_len: int,
+) -> list[Tensor]:
+    """Salience of every token in the teacher's attention, per layer.  [N, S, 3]."""
+    noise = sample_noise(
+        latents.shape[1:], clips.noise_seeds.cpu(), "salience noise", device=latents.device
+    )
+    sigma = latents.new_full(latents.shape[:2], params.sigma)
+    found: list[Tensor] = []
+
+    def capture(layer: int, hidden: Tensor, queries: Tensor, keys: Tensor) -> None:
+        salience = salience_targets(queries, keys, block_len)
+        found.append(mask_short_future(salience, block_len, params.horizon))
+
+    teacher(add_noise(latents, noise, sigma), sigma, clips.text, capture=capture)
+    return found
+
+
+def _predictions(
+    network: VideoTransformer, head: Any, latents: Tensor, text: Tensor, block_len: int
+) -> list[Tensor]:
+    """What the head says in a clean block-causal pass, per layer.  [N, S, 3]."""
+    rows, columns = network.token_grid(latents)
+    num_tokens = latents.shape[1] * rows * columns
+    mask = block_causal_mask(num_tokens // block_len, block_len).to(latents.device)
+    found: list[Tensor] = []
+    network(
+        latents,
+        latents.new_zeros(latents.shape[:2]),
+        text,
+        mask=mask,
+        capture=lambda layer, hidden, queries, keys: found.append(head.predict(layer, hidden)),
+    )
+    return found
