@@ -68,3 +68,18 @@ def test_a_kill_in_every_stage_changes_no_bit_of_the_result(tmp_path):
         assert files[0] == files[1], f"{stage} differs after a kill"
         rows = [without_clocks(folder / "metrics.jsonl") for folder in (found, expected)]
         assert rows[0] == rows[1], f"metrics of {stage} differ after a kill"
+
+
+@pytest.mark.slow
+def test_two_ranks_carry_out_the_whole_plan_and_only_one_writes_records(tmp_path):
+    overrides = [f"runs_dir={tmp_path}", "evaluate.stages=[]", "trainer.strategy=deepspeed"]
+    overrides += ["trainer.devices=2", "trainer.accelerator=cpu"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, "--nproc-per-node=2", "-m", "launch", "run", TINY, *overrides]
+    # A rank that waits for ever must end the test: torchrun stops its children on SIGTERM.
+    guarded = ["timeout", "-k", "10", "240", *command]
+    done = subprocess.run(guarded, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert done.stdout.count("step 4/10 teacher: running") == 1
+    assert done.stdout.count("all 10 steps complete") == 1
+    for stage in STAGES:
+        assert load_export(tmp_path / "tiny" / stage).manifest["stage"] == stage
