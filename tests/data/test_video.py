@@ -1,6 +1,7 @@
 import collections
 import io
 
+import av
 import numpy as np
 import pytest
 
@@ -123,8 +124,6 @@ def test_damaged_files_are_named(tmp_path):
 
 
 def test_an_audio_file_is_no_video(tmp_path):
-    import av
-
     with av.open(str(tmp_path / "a.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=8000)
         silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
@@ -142,3 +141,19 @@ def test_reading_what_is_not_there_names_the_video(movie):
         read_video(b"garbage", name="clip 7")
     with pytest.raises(BadVideo, match="empty"):
         read_video(io.BytesIO().getvalue(), name="empty")
+
+
+def test_a_file_with_its_index_in_front_that_lost_its_last_frames_is_named(movie, tmp_path):
+    """The index is whole and every frame that is left decodes: only counting finds the cut."""
+    path = tmp_path / "cut.mp4"
+    options = {"movflags": "faststart"}
+    with av.open(str(movie)) as source, av.open(str(path), "w", options=options) as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(source.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
+    assert check_video(path).frames == 20
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(BadVideo, match=r"cut\.mp4 must hold 20 whole frames"):
+        check_video(path)
