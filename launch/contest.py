@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from configs.errors import ConfigError
+from configs.load import nearest
 from configs.schema import EvaluateConfig
 from models.kv_policy import POLICIES, CachePolicy, build_policy
 
@@ -122,8 +124,14 @@ def plan_jobs(settings: EvaluateConfig, *, has_head: Mapping[str, bool]) -> list
     Args:
         settings: Of the evaluation.
         has_head: Stages in their order, and whether a head goes with their student.
+
+    Raises:
+        ConfigError: If a contender or a stage is unknown.
     """
     stages = list(has_head)
+    names = dict.fromkeys(c.name for c in contestants(settings, has_head=True))
+    _check_known("contenders", settings.contenders, list(names))
+    _check_known("long_stages", settings.long_stages, stages)
     jobs: list[Job] = []
     for stage in stages:
         everyone = contestants(settings, has_head=has_head[stage])
@@ -136,6 +144,14 @@ def plan_jobs(settings: EvaluateConfig, *, has_head: Mapping[str, bool]) -> list
     needed = dict.fromkeys(_tuning_of(job) for job in jobs if job.contestant.is_scored)
     tuning = [job for job in needed for job in _tuning_jobs(settings, job)]
     return tuning + jobs
+
+
+def _check_known(key: str, chosen: Sequence[str], known: Sequence[str]) -> None:
+    for name in chosen:
+        if name not in known:
+            raise ConfigError(
+                f"evaluate.{key} must be among {list(known)}, found {name!r}{nearest(name, known)}"
+            )
 
 
 def _short_jobs(

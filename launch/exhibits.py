@@ -55,6 +55,7 @@ def write_videos(bench: Bench, jobs: Mapping[str, Job], folder: Path) -> None:
     for name, job in jobs.items():
         panels[name], words[name], kept[name] = _panel(bench, job, clips, num_frames)
     content = {name: np.ascontiguousarray(share) for name, share in kept.items()}
+    content |= {f"frames.{name}": to_pixels(panels[name][0]) for name in kept}
     write_atomically(folder.parent / "kept.safetensors", save(content))
     budget = next(iter(jobs.values())).budget_tokens
     described = []

@@ -11,6 +11,9 @@ from safetensors.numpy import load_file
 
 from configs.errors import UserError
 
+FRAMES = "frames."
+"""In kept.safetensors, what names of videos begin with."""
+
 
 @dataclass(frozen=True)
 class Material:
@@ -21,8 +24,9 @@ class Material:
         metrics: Rows of metrics.jsonl of each stage, in the order of the plan.
         clips: videos/clips.json, which describes the videos; empty if there are none.
         videos: The mp4 files that it names, in its order.
-        kept: Share of layers that hold each token after each block, per series, of one clip.
-            [T, F, rows, columns]
+        kept: Share of layers, 255 = all, that hold each token after each block, per series, of one
+            clip.  uint8 [T, F, rows, columns]
+        generated: That clip as each series generated it.  uint8 [F, H, W, 3]
         pictures: `frames` of that clip [F, H, W, 3], and of another clip `salience_frames` with
             `predicted` and `target` salience [F, rows, columns].
     """
@@ -32,6 +36,7 @@ class Material:
     clips: dict[str, Any]
     videos: list[bytes]
     kept: dict[str, NDArray[Any]]
+    generated: dict[str, NDArray[Any]]
     pictures: dict[str, NDArray[Any]]
 
 
@@ -53,12 +58,18 @@ def read_material(run: Path) -> Material:
         clips = json.loads((folder / "videos" / "clips.json").read_text())
     names = [*results["plan"], *sorted(path.parent.name for path in run.glob("*/metrics.jsonl"))]
     metrics = {name: read_rows(run / name / "metrics.jsonl") for name in dict.fromkeys(names)}
+    arrays = _arrays(folder / "kept.safetensors")
     return Material(
         results=results,
         metrics={name: rows for name, rows in metrics.items() if rows},
         clips=clips,
         videos=[(folder / "videos" / c["file"]).read_bytes() for c in clips.get("clips", [])],
-        kept=_arrays(folder / "kept.safetensors"),
+        kept={key: value for key, value in arrays.items() if not key.startswith(FRAMES)},
+        generated={
+            key.removeprefix(FRAMES): value
+            for key, value in arrays.items()
+            if key.startswith(FRAMES)
+        },
         pictures=_arrays(folder / "salience.safetensors"),
     )
 

@@ -10,19 +10,25 @@ from launch.figures import kept_over_time, style_of, to_svg
 from launch.material import Material, data_uri
 from launch.pictures import GAP, frame_lines, heat_overlay, memory_opacity, png
 
+NUMBERS = {1: "one picture", 2: "two pictures", 3: "three pictures"}
+
 
 def method_section(material: Material) -> str:
     """The world, the salience, and what is kept: three pictures with a paragraph each."""
     if not material.pictures:
         return ""
-    steps = (_world_picture(material), _salience_picture(material), _memory_picture(material))
+    steps = [_world_picture(material)]
+    if "target" in material.pictures:
+        steps.append(_salience_picture(material))
+    if material.kept:
+        steps.append(_memory_picture(material))
     cards = "".join(
         f'<div class="step"><div class="about"><div class="count">{number}</div>'
         f"<div>{text}</div></div>"
         f"<figure>{picture}</figure></div>"
         for number, (text, picture) in enumerate(steps, start=1)
     )
-    title = "<h2>How it works, in three pictures</h2>"
+    title = f"<h2>How it works, in {NUMBERS[len(steps)]}</h2>"
     return f'<section>{title}<div class="card">{cards}</div></section>'
 
 
@@ -83,12 +89,12 @@ def _memory_picture(material: Material) -> tuple[str, str]:
     rows = ""
     for series in shown:
         held = material.kept[series][now // per_block - 1] / 255.0  # [F, rows, columns]
-        span = slice(now - 2 * period, now)
+        span = slice(max(0, now - 2 * period), now)
         opacity = memory_opacity(held[span])
-        lines = frame_lines(material.pictures["frames"][span], per_line=period, opacity=opacity)
+        lines = frame_lines(material.generated[series][span], per_line=period, opacity=opacity)
         label = escape(style_of(series).label)
         rows += f'<div class="row-label">{label}</div>{_image(lines, f"memory of: {label}")}'
-    text = f"""<h3>The cache keeps what will be needed</h3>
+    text = f"""<h3>The cache keeps what the head expects to be needed</h3>
 <p>What is left of the last {2 * period} frames at frame {now}. Faded tokens are gone from most
 layers. The dashed line below lies one revolution back: a cache that holds nothing there cannot know
 which gondola comes next.</p>"""
@@ -114,6 +120,6 @@ def _ages_chart(material: Material, wanted: list[str], period: int, per_block: i
 
 
 def _moment(material: Material, period: int, per_block: int) -> int:
-    """End of a block, late in the clip, with two revolutions before it."""
-    frames = len(material.pictures["frames"])
-    return max(2 * period, min(frames, 4 * period) // per_block * per_block)
+    """End of a block, four revolutions into the clip if it is that long."""
+    frames = min(len(video) for video in material.generated.values())
+    return min(frames, 4 * period) // per_block * per_block

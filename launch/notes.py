@@ -1,5 +1,6 @@
 """What a run's numbers say in words: the headline, and what must be said against it."""
 
+import math
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -50,6 +51,7 @@ def notes(results: dict[str, Any]) -> str:
         *_rivals(rows),
         *_controls(rows),
         *_long(results),
+        *_repair(results),
         *_background(rows),
         *_limits(results),
     ]
@@ -92,19 +94,52 @@ def _controls(rows: Sequence[Row]) -> list[str]:
 
 
 def _long(results: dict[str, Any]) -> list[str]:
-    longest = max(row["frames"] for row in results["policies"])
     trained = results["world"]["training_frames"]
+    longest = max(row["frames"] for row in results["policies"])
     rows = [row for row in results["policies"] if row["frames"] == longest]
-    if longest <= trained or not rows:
-        return []
     top = best(rows, lambda row: True)
-    assert top is not None
+    if longest <= trained or top is None:
+        return []
     return [
-        f"<b>Beyond the trained length</b> of {trained} frames every cache loses accuracy, the "
-        f"full one too: it reads tokens from further back than any it was trained on. Best at "
-        f"{longest} frames: {escape(style_of(series_of(top)).label)} after "
+        f"<b>Training clips have {trained} frames.</b> In longer rollouts a cache reads tokens "
+        "from further back than any it was trained on, the one that keeps everything most of all. "
+        f"Best at {longest} frames: {escape(style_of(series_of(top)).label)} after "
         f"&ldquo;{escape(top['stage'])}&rdquo;, {_mean(top)}."
     ]
+
+
+def _repair(results: dict[str, Any]) -> list[str]:
+    """Whether the stages after the second improve long rollouts, by two standard deviations."""
+    stages = results["stages"]
+    longest = max(row["frames"] for row in results["policies"])
+    rows = {
+        (row["stage"], series_of(row)): row
+        for row in results["policies"]
+        if row["frames"] == longest and row["policy"] == "salience"
+    }
+    parts = []
+    for stage in stages[2:]:
+        for series in dict.fromkeys(series for _, series in rows):
+            before, after = rows.get((stages[1], series)), rows.get((stage, series))
+            if before is not None and after is not None:
+                parts.append(f"{escape(stage)}, {style_of(series).label}: {_change(before, after)}")
+    if not parts:
+        return []
+    return [
+        f"<b>Does more training repair long rollouts?</b> At {longest} frames, from "
+        f"&ldquo;{escape(stages[1])}&rdquo; to {'; '.join(parts)}. A change counts if it is more "
+        "than two standard deviations of the difference."
+    ]
+
+
+def _change(before: Row, after: Row) -> str:
+    old, new = before["identity_accuracy"], after["identity_accuracy"]
+    noise = math.hypot(old["std"], new["std"])
+    difference = new["mean"] - old["mean"]
+    verdict = "no clear change"
+    if abs(difference) > 2 * noise:
+        verdict = "better" if difference > 0 else "worse"
+    return f"{_mean(before)} to {_mean(after)}, {verdict}"
 
 
 def _background(rows: Sequence[Row]) -> list[str]:

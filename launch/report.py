@@ -19,6 +19,7 @@ from launch.figures import (
     accuracy_per_revolution,
     loss_curves,
     series_of,
+    to_png,
     to_svg,
 )
 from launch.material import Material, read_material
@@ -30,15 +31,20 @@ TEMPLATE = Path(__file__).with_suffix(".html")
 
 
 def write_report(run: Path) -> Path:
-    """Write `report/index.html` of a run folder and return its path.
+    """Write `report/index.html` of a run folder, and return its path.
+
+    The chart of accuracy over budget is written beside it as a PNG file, for use elsewhere.
 
     Raises:
         UserError: If the run has not been evaluated.
     """
-    page = build_page(read_material(run))
+    material = read_material(run)
     out = run / "report" / "index.html"
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, page.encode())
+    results = material.results
+    chart = accuracy_over_budget(main_rows(results), chance=results["world"]["chance"])
+    write_atomically(out.with_name("accuracy_over_budget.png"), to_png(chart))
+    write_atomically(out, build_page(material).encode())
     return out
 
 
@@ -145,6 +151,11 @@ def _stages(material: Material) -> str:
         cards += f"""<div class="card"><h3>From stage to stage, and beyond the trained length</h3>
 {body}<p class="note" style="margin-top:12px">Budget {budget} tokens. The last column asks, on the
 longest rollout, only that the video repeats itself, right or wrong.</p></div>"""
+    if results.get("prefix_free"):
+        cards += f"""<div class="card" style="margin-top:20px"><h3>Without true frames</h3>
+{tables.free_table(results["prefix_free"])}<p class="note" style="margin-top:12px">From the caption
+alone nobody prescribes the gondolas; the video should still repeat its own, place included, after
+one revolution. Rollouts of {results["prefix_free"][0]["frames"]} frames.</p></div>"""
     if results.get("quality"):
         cards += f"""<div class="card" style="margin-top:20px"><h3>Fewer steps</h3>
 {tables.quality_table(results["quality"])}</div>"""
@@ -167,8 +178,8 @@ def _training(material: Material) -> str:
     share = tables.percent(head["budget_share"]) if "budget_share" in head else ""
     about = (
         f"""<p>How well the head ranks tokens as the teacher does, on held-out clips; recall is the
-share of the truly most salient {share} that it also puts there. A better rank correlation did not
-mean a better rollout in our experience, so rollouts decide.</p><div class="pair">{cards}</div>"""
+share of the truly most salient {share} that it also puts there. A better rank correlation need
+not mean a better rollout, so rollouts decide.</p><div class="pair">{cards}</div>"""
         if cards
         else ""
     )

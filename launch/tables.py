@@ -131,6 +131,18 @@ def quality_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return table([*head, "checker contrast<br><small>1 = sharp</small>"], lines)
 
 
+def free_table(rows: Sequence[Row]) -> str:
+    """Self-consistency without a prefix: a row per stage, a column per policy."""
+    kinds = list(dict.fromkeys(series_of(row) for row in rows))
+    found = {(row["stage"], series_of(row)): row["self_consistency"] for row in rows}
+    lines = []
+    for stage in dict.fromkeys(row["stage"] for row in rows):
+        values = (found.get((stage, series)) for series in kinds)
+        cells = "".join(f"<td>{spread(value) if value else ''}</td>" for value in values)
+        lines.append(f"<tr><td>{escape(stage)}</td>{cells}</tr>")
+    return table(["stage", *[escape(style_of(series).label) for series in kinds]], lines)
+
+
 def head_table(scores: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     """A head's agreement with its targets: a row per part, a column per layer.
 

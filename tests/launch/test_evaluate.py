@@ -308,6 +308,12 @@ def test_every_scored_policy_is_tuned_on_the_same_grid():
             assert grid == settings.age_weights
 
 
+def test_misspelled_contender_is_an_error_with_a_hint():
+    settings = EvaluateConfig(contenders=["full", "sink_windw"])
+    with pytest.raises(UserError, match=r"evaluate\.contenders .* did you mean 'sink_window'"):
+        plan_jobs(settings, has_head={"causal": True})
+
+
 def test_student_without_any_head_is_compared_without_the_policies_that_need_one():
     names = {c.name for c in contestants(EvaluateConfig(), has_head=False)}
     assert names == {"full", "fifo", "sink_window", "random", "random_once", "attention_mass"}

@@ -85,6 +85,12 @@ def made_up_results() -> dict:
         for steps in (1, 2, 32)
     ]
     layers = {part: [0.3, 0.65, 0.5] for part in ("later", "within", "earlier")}
+    free = [
+        {"stage": stage, "policy": policy, "frames": 96}
+        | {"self_consistency": {"mean": SKILL[policy], "std": 0.03}}
+        for stage in ("causal_head", "streaming")
+        for policy in ("full", "salience", "sink_window")
+    ]
     head = dict.fromkeys(("causal_head", "distill_head"), layers)
     return {
         "name": "made-up",
@@ -102,6 +108,7 @@ def made_up_results() -> dict:
         },
         "policies": rows,
         "quality": quality,
+        "prefix_free": free,
         "head": {"budget_share": 0.25, "spearman": head, "recall_at_budget": head},
     }
 
@@ -174,8 +181,9 @@ def write_made_up_run(run: Path) -> Path:
     kept = {
         series: made_up_kept(series) for series in ("full", "sink_window", "random", "salience")
     }
-    save_file(kept, folder / "kept.safetensors")
     clip = render_clip(WorldConfig(frames=FRAMES), 0)
+    frames = {f"frames.{series}": clip.frames for series in kept}
+    save_file(kept | frames, folder / "kept.safetensors")
     draw = np.random.default_rng(2)
     target = 0.2 * draw.standard_normal((10, 2, 4))
     lit = truth_at(clip.truth, range(20, 30)).lit.numpy()
@@ -268,6 +276,26 @@ def test_page_is_made_of_results_alone_where_pictures_are_missing(run: Path, tmp
     page = write_report(tmp_path).read_text()
     assert "All policies" in page
     assert "<video " not in page
+
+
+def test_pictures_without_a_teacher_leave_its_step_out(run: Path):
+    material = read_material(run)
+    del material.pictures["target"]
+    page = build_page(material)
+    assert "in two pictures" in page
+    assert "read off the teacher" not in page
+
+
+def test_change_counts_beyond_two_standard_deviations_only(run: Path):
+    material = read_material(run)
+    rows = [row for row in material.results["policies"] if row["frames"] == 480]
+    for row, mean in zip(
+        [r for r in rows if r["policy"] == "salience"], (0.5, 0.55, 0.6), strict=True
+    ):
+        row["identity_accuracy"] = {"mean": mean, "std": 0.02}
+    page = build_page(material)
+    assert "streaming, learned salience: 50&nbsp;% to 55&nbsp;%, no clear change" in page
+    assert "control, learned salience: 50&nbsp;% to 60&nbsp;%, better" in page
 
 
 def test_page_without_the_learned_policy_says_so(run: Path):
