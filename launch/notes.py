@@ -77,8 +77,8 @@ def _rivals(rows: Sequence[Row]) -> list[str]:
         return []
     return [
         "<b>The strongest trivial rival</b> looks only at where a token is, with the mean salience "
-        f"of that place and an age term from the same grid. It gets {', '.join(parts)}. It uses the teacher, "
-        "so it is not counted among the fixed rules."
+        f"of that place and an age term from the same grid. It gets {', '.join(parts)}. "
+        "It uses the teacher, so it is not counted among the fixed rules."
     ]
 
 
