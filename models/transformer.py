@@ -181,11 +181,20 @@ class VideoTransformer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initial weights of Wan2.1: Xavier, small normals for embeddings, zero output."""
+        """Initial weights of Wan2.1 but for two choices that small networks from scratch need.
+
+        Xavier for linears, small normals for embeddings, zero output, as Wan2.1; the norm of the
+        self-attention queries starts at 1.5 and both gates of a block at 0.5, which make attention
+        selective and blocks active from the first step. Loaded weights replace all of it.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+            elif isinstance(module, Block):
+                nn.init.constant_(module.self_attn.norm_q.weight, 1.5)
+                nn.init.constant_(module.modulation[:, 2], 0.5)
+                nn.init.constant_(module.modulation[:, 5], 0.5)
         nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
         for embedding in (self.text_embedding, self.time_embedding):
             for module in embedding:
