@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,9 +12,9 @@ from configs.load import config_hash, parse_section, to_dict
 from configs.schema import RunConfig, StageConfig
 from data.codec import build_codec
 from data.datamodule import LatentDataModule
-from launch.export import Export, load_export, write_export
-from models.salience import SalienceHead
-from models.transformer import VideoTransformer
+from launch.export import Export, load_export, load_weights, write_export
+from launch.plan import data_folder, run_folder
+from launch.student import head_from_config, transformer_from_config
 from train.causal import Causal
 from train.distill import Distill
 from train.fit import fit
@@ -33,14 +34,9 @@ STAGES: dict[str, type[Stage]] = {
 """Stage kinds; to add a stage, write its file in `train/`, add a line here and use it in a plan."""
 
 
-def run_folder(config: RunConfig) -> Path:
-    """Where a run keeps everything."""
-    return Path(config.runs_dir) / config.name
-
-
 def latents_folder(config: RunConfig) -> Path:
     """Shards that the stages train on."""
-    return run_folder(config) / "data" / "latents"
+    return data_folder(config) / "latents"
 
 
 def token_grid(config: RunConfig) -> tuple[int, int]:
@@ -52,22 +48,14 @@ def token_grid(config: RunConfig) -> tuple[int, int]:
     return rows, columns
 
 
-def build_transformer(config: RunConfig) -> VideoTransformer:
-    """A transformer with fresh weights, from the generator's present state."""
-    sizes = to_dict(config.model)
-    del sizes["frames_per_block"]
-    return VideoTransformer(**sizes | {"patch_size": tuple(config.model.patch_size)})
-
-
-def build_head(config: RunConfig, *, log: bool = False) -> SalienceHead:
-    """A salience head with fresh weights."""
-    return SalienceHead(
-        num_layers=config.model.num_layers,
-        width=config.model.num_heads * config.model.head_dim,
-        hidden=config.head.hidden,
-        grid=token_grid(config),
-        log=log,
-    )
+def network_config(config: RunConfig, *, head_log: bool) -> dict[str, Any]:
+    """What an export says about its networks, enough to build them again."""
+    return {
+        "model": to_dict(config.model),
+        "head": to_dict(config.head),
+        "head_log": head_log,
+        "grid": list(token_grid(config)),
+    }
 
 
 def stage_type(kind: str) -> type[Stage]:
@@ -121,6 +109,11 @@ def load_inputs(config: RunConfig, stage_name: str) -> dict[str, Export]:
     return exports
 
 
+def _new_network(name: str, config: dict[str, Any]) -> nn.Module:
+    """The salience head or a transformer with fresh weights, from a `network_config`."""
+    return head_from_config(config) if name == "head" else transformer_from_config(config["model"])
+
+
 def _build_network(
     config: RunConfig,
     stage_name: str,
@@ -130,22 +123,17 @@ def _build_network(
 ) -> nn.Module:
     """A network of a stage: fresh if it has no sources, else loaded from the first one given."""
     params = config.stages[stage_name].params
-    is_head = name == "head"
     with torch.random.fork_rng():
         torch.manual_seed(derive_seed(stage_seed(config, stage_name), "weights", name))
-        network = (
-            build_head(config, log=bool(params.get("log", False)))
-            if is_head
-            else build_transformer(config)
-        )
+        fresh = network_config(config, head_log=bool(params.get("log", False)))
+        network = _new_network(name, fresh)
     if not sources:
         return network
     for role, stem in sources:
         if role in exports:
             export = exports[role]
-            if is_head:
-                network = build_head(config, log=export.manifest["config"]["head_log"])
-            network.load_state_dict(export.tensors(stem))
+            network = _new_network(name, export.manifest["config"])
+            load_weights(network, export, stem=stem)
             return network
     raise ConfigError(
         f"stages.{stage_name}.inputs must name one of {[role for role, _ in sources]} for its "
@@ -243,10 +231,7 @@ def export_manifest(
         "steps": stage.completed,
         "sampler": None if sampler is None else {"sigmas": sampler[0], "renoise": sampler[1]},
         "config": {
-            "model": to_dict(config.model),
-            "head": to_dict(config.head),
-            "head_log": bool(heads and heads[0].log),
-            "grid": list(token_grid(config)),
+            **network_config(config, head_log=bool(heads and heads[0].log)),
             "codec": to_dict(config.codec),
             "text": to_dict(config.text),
             "size": list(config.source.size),

@@ -7,9 +7,10 @@ import yaml
 
 from configs.load import to_dict
 from configs.schema import RunConfig
-from launch.build import build_head, build_transformer, token_grid
+from launch.build import network_config, token_grid
 from launch.plan import check_stages, plan_steps, run_folder
 from launch.steps import is_complete, step_keys
+from launch.student import head_from_config, transformer_from_config
 
 
 def describe(config: RunConfig) -> str:
@@ -35,7 +36,11 @@ def cache_bytes(config: RunConfig, tokens: int) -> int:
 
 def _parameters(config: RunConfig) -> Iterator[tuple[str, int]]:
     with torch.device("meta"):
-        networks = {"transformer": build_transformer(config), "head": build_head(config)}
+        sizes = network_config(config, head_log=False)
+        networks = {
+            "transformer": transformer_from_config(sizes["model"]),
+            "head": head_from_config(sizes),
+        }
     for name, network in networks.items():
         yield name, sum(parameter.numel() for parameter in network.parameters())
 
