@@ -1,0 +1,223 @@
+"""Where gradients flow in the real stages, and what distillation needs to change anything."""
+
+import copy
+
+import pytest
+import torch
+
+from configs.schema import OptimConfig, StageConfig
+from data.datamodule import LatentBatch
+from models.salience import SalienceHead
+from models.transformer import VideoTransformer
+from train.causal import Causal, CausalParams, random_visibility
+from train.distill import Distill, DistillParams
+from train.engine import build_single_engines
+from train.salience import SalienceParams, SalienceStage
+from train.streaming import Streaming, StreamingParams
+from train.teacher import Teacher, TeacherParams
+
+FRAMES, PLACES = 12, 6
+
+
+def network(seed: int = 0) -> VideoTransformer:
+    torch.manual_seed(seed)
+    made = VideoTransformer(
+        num_layers=2,
+        num_heads=2,
+        head_dim=12,
+        ffn_dim=32,
+        freq_dim=16,
+        text_dim=8,
+        patch_size=(1, 1, 1),
+    )
+    torch.nn.init.normal_(made.head.head.weight, std=0.1)
+    return made
+
+
+def batch(size: int = 2, first_seed: int = 10) -> LatentBatch:
+    generator = torch.Generator().manual_seed(first_seed)
+    return LatentBatch(
+        latents=torch.randn(size, FRAMES, 16, 2, 3, generator=generator),
+        text=torch.randn(size, 3, 8, generator=generator),
+        keys=[str(i) for i in range(size)],
+        seeds=torch.arange(first_seed, first_seed + size),
+        meta=[{} for _ in range(size)],
+    )
+
+
+def build(cls, params, trained, frozen=None, *, lr=1e-3, accumulate=1):
+    optimizers = {name: OptimConfig(lr=lr, warmup=0, schedule="constant") for name in trained}
+    config = StageConfig(
+        kind="test",
+        steps=100,
+        batch=2,
+        frames=FRAMES,
+        accumulate=accumulate,
+        optimizers=optimizers,
+    )
+    stage = cls(
+        config,
+        seed=3,
+        networks=trained,
+        frozen=frozen,
+        params=params,
+        frames_per_block=2,
+        frame_seq_len=PLACES,
+    )
+    stage.engines = build_single_engines(stage.engine_specs())
+    return stage
+
+
+def distill(lr: float = 1e-3, **params) -> Distill:
+    settings = DistillParams(prefix_frames=[4], budgets=[30], student_every=1, **params)
+    trained = {"student": network(0), "critic": network(1)}
+    return build(Distill, settings, trained, {"teacher": network(2)}, lr=lr)
+
+
+def streaming(**params) -> Streaming:
+    settings = StreamingParams(
+        budget_tokens=30, prefix_frames=4, chunk_frames=4, stream_frames=16, **params
+    )
+    head = SalienceHead(num_layers=2, width=24, hidden=8, grid=(2, 3))
+    trained = {"student": network(0), "critic": network(1)}
+    return build(Streaming, settings, trained, {"teacher": network(2), "head": head})
+
+
+def weights_of(module) -> dict[str, torch.Tensor]:
+    return copy.deepcopy(module.state_dict())
+
+
+def changed(module, before) -> bool:
+    return any(not torch.equal(value, before[key]) for key, value in module.state_dict().items())
+
+
+def test_in_causal_the_loss_of_a_block_reaches_the_clean_tokens_before_it():
+    student = network()
+    stage = build(Causal, CausalParams(evict=False), {"student": student})
+    seen = []
+    student.patch_embedding.register_forward_hook(lambda module, args, out: seen.append(out))
+    (gradient,) = torch.autograd.grad(stage.loss(batch()), seen[-1])
+    clean = gradient[:, :, :FRAMES]  # [B, E, F, h, w]
+    assert clean[:, :, : FRAMES - 2].abs().sum() > 0
+    assert (clean[:, :, FRAMES - 2 :] == 0).all(), "no noisy block reads the last clean block"
+
+
+def test_in_rollouts_no_gradient_crosses_a_block():
+    stage = distill()
+    velocities = []
+    stage.engine("student").module.register_forward_hook(
+        lambda module, args, out: velocities.append(out) if out.requires_grad else None
+    )
+    window, mask = stage.rollout(batch(), 0, grad=True)
+    assert mask.tolist() == [False] * 4 + [True] * 8
+    assert len(velocities) == 4, "one pass with gradient per generated block"
+    for number in range(4):
+        block = window[:, 4 + 2 * number : 6 + 2 * number].sum()
+        found = torch.autograd.grad(block, velocities, allow_unused=True, retain_graph=True)
+        assert [gradient is not None for gradient in found] == [i == number for i in range(4)]
+
+
+def test_distillation_moves_student_and_critic_and_nothing_at_rate_zero():
+    for lr, moves in ((1e-3, True), (0.0, False)):
+        stage = distill(lr=lr)
+        before = {name: weights_of(stage.networks[name]) for name in ("student", "critic")}
+        teacher = weights_of(stage.frozen["teacher"])
+        metrics = stage.update(batch(), 0)
+        assert metrics["loss/student"] > 0
+        assert metrics["grad_norm/student"] > 0
+        for name, state in before.items():
+            assert changed(stage.networks[name], state) is moves, name
+        assert not changed(stage.frozen["teacher"], teacher)
+
+
+def test_the_student_waits_while_only_the_critic_learns():
+    stage = distill()
+    stage.params.student_every = 3
+    student = weights_of(stage.networks["student"])
+    assert "loss/student" not in stage.update(batch(), 1)
+    assert not changed(stage.networks["student"], student)
+
+
+def test_with_clean_context_the_judged_window_keeps_its_prefix():
+    window, mask = torch.randn(2, 6, 16, 2, 3), torch.arange(6) >= 4
+    seeds = torch.tensor([1, 2])
+    for clean_context in (True, False):
+        stage = distill(clean_context=clean_context)
+        noisy, sigma, _ = stage.noised(window, seeds, mask, "test")
+        assert torch.equal(noisy[:, :4], window[:, :4]) is clean_context
+        assert (sigma[:, 4:] > 0).all()
+
+
+def test_a_stream_grows_by_chunks_and_gives_way_to_a_new_one():
+    stage = streaming()
+    lengths = [
+        stage.update(batch(first_seed=10 + step), step)["stream_frames"] for step in range(5)
+    ]
+    assert lengths == [8, 12, 16, 8, 12]
+    assert stage.streams[0].cache.num_tokens == 30
+    assert stage.streams[0].cache.policy.name == "salience"
+
+
+def test_a_prompt_switch_rebuilds_the_past_under_the_next_prompt():
+    stage = streaming(switch_chance=1.0)
+    stage.update(batch(), 0)
+    stream = stage.streams[0]
+    assert stream.switch_frame in (8, 12)
+    while stage.streams and stream.cache.num_frames < stream.switch_frame:
+        stage.update(batch(), 1)
+    stage.update(batch(), 2)
+    assert torch.equal(stream.text, batch().text.roll(1, dims=0))
+
+
+def test_the_head_learns_and_the_student_does_not_move():
+    head = SalienceHead(num_layers=2, width=24, hidden=8, grid=(2, 3))
+    frozen = {"teacher": network(2), "student": network(0)}
+    stage = build(
+        SalienceStage, SalienceParams(statistics_steps=2), {"head": head}, frozen, lr=1e-2
+    )
+    before = weights_of(stage.frozen)
+    losses = []
+    for step in range(30):
+        metrics = stage.update(batch(first_seed=10), step)
+        stage.completed += 1
+        losses += [float(metrics["loss/head"])] if metrics else []
+        if step == 1:
+            assert (head.std != 1).all(), "statistics are there after the steps that gather them"
+    assert len(losses) == 28
+    assert losses[-1] < 0.9 * losses[0]
+    assert not changed(stage.frozen, before)
+    assert {"spearman/later/0", "recall/earlier/1"} <= stage.scores(*stage.predict(batch())).keys()
+
+
+@pytest.mark.parametrize("cls", [Teacher, Causal])
+def test_accumulated_micro_batches_give_the_gradient_of_the_whole_batch(cls):
+    params = {Teacher: TeacherParams(), Causal: CausalParams()}[cls]
+    name = {Teacher: "teacher", Causal: "student"}[cls]
+    norms = []
+    for accumulate in (1, 2):
+        stage = build(cls, params, {name: network()}, accumulate=accumulate)
+        norms.append(stage.update(batch(size=4), 0)[f"grad_norm/{name}"])
+    # The same mean in another order of summation.
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_block_noise_leaves_clean_blocks_beside_noisy_ones():
+    stage = build(Teacher, TeacherParams(block_noise=1.0), {"teacher": network()})
+    sigma = stage.sigma(torch.arange(200), FRAMES)
+    blocks = sigma.unflatten(1, (-1, 2))
+    assert (blocks[..., 0] == blocks[..., 1]).all(), "frames of a block share a level"
+    assert (sigma == 0).float().mean() == pytest.approx(0.5, abs=0.05)
+    uniform = build(Teacher, TeacherParams(), {"teacher": network()}).sigma(torch.arange(5), FRAMES)
+    assert (uniform == uniform[:, :1]).all()
+    assert (uniform > 0).all()
+
+
+def test_random_visibility_protects_the_sink_and_the_newest_blocks():
+    visible = random_visibility(
+        torch.arange(50), num_tokens=48, block_len=4, sink_tokens=2, max_recent_blocks=3
+    )
+    assert visible[:, :, :2].all()
+    block = torch.arange(48) // 4
+    near = (block[:, None] - block[None]).abs() <= 1
+    assert visible[:, near].all()
+    assert 0.2 < visible[:, 40:44, 4:24].float().mean() < 0.8
