@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from configs.errors import ConfigError
-from configs.load import load_config
-from launch.build import build_transformer
+from configs.load import load_config, to_dict
 from launch.plan import check_stages
 from launch.show import cache_bytes, describe
+from launch.student import transformer_from_config
 from models.kv_cache import CacheSpec
 from models.kv_policy import build_policy
 from models.rollout import Sampler, make_cache, refresh
@@ -42,7 +42,7 @@ def test_show_takes_a_real_geometry_without_allocating_it(tmp_path):
 
 def test_the_cache_size_shown_is_that_of_a_real_cache():
     config = load_config([str(TINY)])
-    student = build_transformer(config)
+    student = transformer_from_config(to_dict(config.model))
     blocks, sampler = torch.randn(3, 7, 16, 2, 4).split(2, dim=1), Sampler([1.0, 0.0])
     cache = make_cache(
         student,

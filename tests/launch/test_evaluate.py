@@ -21,13 +21,14 @@ from configs.schema import (
 )
 from launch import evaluate as evaluation
 from launch.bench import check_budgets, load_bench, run_jobs
-from launch.build import build_head, build_transformer, token_grid
+from launch.build import network_config, token_grid
 from launch.contest import Contestant, Job, contestants, plan_jobs
 from launch.evaluate import Record, choose_age_weights, evaluate
 from launch.export import write_export
 from launch.held_out import load, prepare
 from launch.report import write_report
 from launch.rollouts import Rollout, measure_rollout, spread_over_seeds, summarise
+from launch.student import head_from_config, transformer_from_config
 from models.kv_policy import POLICIES
 
 CLOCK = "frames_per_second"
@@ -67,11 +68,11 @@ def make_config(folder: Path) -> RunConfig:
 
 def export_stage(config: RunConfig, name: str, *, role: str, with_head: bool = False) -> Path:
     torch.manual_seed(len(name))
-    network = build_transformer(config)
+    network = transformer_from_config(network_config(config, head_log=False)["model"])
     torch.nn.init.normal_(network.head.head.weight, std=0.1)
     weights = {"transformer": network.state_dict()}
     if with_head:
-        head = build_head(config)
+        head = head_from_config(network_config(config, head_log=False))
         torch.nn.init.normal_(head.place)
         weights["head"] = head.state_dict()
     manifest = {
