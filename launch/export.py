@@ -186,7 +186,7 @@ def load_weights(module: nn.Module, export: Export, *, stem: str) -> None:
     """
     weights, wanted = export.tensors(stem), module.state_dict()
     problems = [f"{key} is missing" for key in wanted if key not in weights][:1]
-    problems += [f"{key} is not in the network" for key in weights if key not in wanted][:1]
+    problems += [f"{key} is not in the network" for key in sorted(weights) if key not in wanted][:1]
     problems += [
         f"{key} is {list(weights[key].shape)} where the network has {list(wanted[key].shape)}"
         for key in wanted

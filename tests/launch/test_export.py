@@ -122,7 +122,7 @@ def test_weights_of_another_network_are_refused_by_key_and_shape(written):
         load_weights(nn.Sequential(nn.Linear(6, 7), nn.Linear(7, 2)), loaded, stem="transformer")
     with pytest.raises(ExportError, match=r"2\.weight is missing"):
         load_weights(nn.Sequential(*network(), nn.Linear(2, 2)), loaded, stem="transformer")
-    with pytest.raises(ExportError, match=r"1\.weight is not in the network"):
+    with pytest.raises(ExportError, match=r"1\.bias is not in the network"):
         load_weights(nn.Sequential(nn.Linear(5, 7)), loaded, stem="transformer")
     with pytest.raises(ExportError, match=r"must hold head\.safetensors, found only"):
         load_weights(network(), loaded, stem="head")
