@@ -69,6 +69,21 @@ def require_budgets(
         )
 
 
+def require_blocks(key: str, lengths: Iterable[int], block: int, *, least: int = 1) -> None:
+    """Raise `ConfigError` unless every length in frames is `least` or more whole blocks."""
+    for length in lengths:
+        require(
+            length % block == 0 and length >= least * block,
+            f"{key} must be whole blocks of {block} frames, at least {least * block}, "
+            f"found {length}",
+        )
+
+
+def require_range(key: str, value: float, low: float, high: float) -> None:
+    """Raise `ConfigError` unless low <= value <= high."""
+    require(low <= value <= high, f"{key} must lie in {low} .. {high}, found {value}")
+
+
 def _check_sizes(config: "RunConfig") -> None:
     channels, text_dim = config.model.in_channels, config.model.text_dim
     require(

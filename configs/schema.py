@@ -254,7 +254,7 @@ class EvaluateConfig:
     sink_frames: int = 1
     recent_frames: int = 2
     time: str = "absolute"
-    max_lag: int = 48
+    max_lag: int = 47
     videos: int = 2
     """Clips per policy that the report shows."""
     contenders: list[str] = field(

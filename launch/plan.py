@@ -64,6 +64,7 @@ def check_stages(config: RunConfig) -> None:
     for name, stage in config.stages.items():
         key, cls = f"stages.{name}", stage_type(stage.kind)
         params: Any = parse_section(cls.params_type, stage.params, key=f"{key}.params")
+        cls.check(stage, params, key=key, block=config.model.frames_per_block)
         _check_cache(to_dict(params), f"{key}.params", config)
         wanted = sorted(cls.network_sources)
         if sorted(stage.optimizers) != wanted:

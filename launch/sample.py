@@ -63,6 +63,7 @@ def sample(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: If the checkpoint, a flag, the prefix or the output folder does not fit.
     """
+    _check_counts(arguments)
     student = load_student(arguments.checkpoint)
     student.network.to(arguments.device)
     if student.head is not None:
@@ -86,6 +87,19 @@ def sample(arguments: argparse.Namespace) -> None:
     )
 
 
+def _check_counts(arguments: argparse.Namespace) -> None:
+    """Raise UserError if a number cannot be meant."""
+    for name in ("frames", "scale", "prefix_frames"):
+        value = getattr(arguments, name)
+        if value < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if arguments.prefix is not None and arguments.prefix_frames >= arguments.frames:
+        raise UserError(
+            f"--frames must be above --prefix-frames {arguments.prefix_frames}, "
+            f"got {arguments.frames}"
+        )
+
+
 def _prompts(arguments: argparse.Namespace, student: Student) -> list[tuple[int, Tensor]]:
     """(first frame, encoded prompt) in order of time; the first is for frame 0."""
     prompts = [(0, arguments.prompt)]
@@ -105,10 +119,10 @@ def _start(arguments: argparse.Namespace, student: Student) -> tuple[KVCache, No
         if "=" not in item:
             raise UserError(f"--param must be KEY=VALUE, got {item!r}")
         params.update(OmegaConf.from_dotlist([item]))
-    if arguments.steps is not None:
-        student.sampler = student.with_steps(arguments.steps, shift=arguments.shift)
     seeds = torch.tensor([arguments.seed], device=arguments.device)
     try:
+        if arguments.steps is not None:
+            student.sampler = student.with_steps(arguments.steps, shift=arguments.shift)
         cache = student.new_cache(
             build_policy(arguments.policy, params),
             seeds,
@@ -154,8 +168,10 @@ def _blocks(
     pending = deque(prompts)
     text = pending.popleft()[1]
     for start in range(0, num_frames, size):
-        if pending and pending[0][0] <= start:
-            text = pending.popleft()[1]
+        changed = False
+        while pending and pending[0][0] <= start:
+            text, changed = pending.popleft()[1], True
+        if changed:
             recache(
                 student.network,
                 text,

@@ -205,7 +205,8 @@ def attend(
         queries: [B, N, Q, D]
         keys: [B, N, S, D]
         values: [B, N, S, D]
-        mask: Added to the scores, broadcastable to [B, N, Q, S]; or groups with such masks.
+        mask: Added to the scores, broadcastable to [B, N, Q, S], see `additive_mask`; or groups
+            with such masks.
         observe: Called with the probabilities.  [B, N, Q, S]
     """
     if isinstance(mask, list):

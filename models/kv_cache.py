@@ -1,12 +1,13 @@
 """The KV cache of the causal student: unrotated keys, a position for every token, a fixed budget.
 
 Functional: a block's tokens are appended as detached tensors and nothing is written in place, so no
-gradient crosses blocks and recomputing a forward pass sees the same past.
+gradient crosses blocks and recomputing a forward pass sees the same past (a policy that observes
+attention would count the recomputation, too).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -111,6 +112,7 @@ class KVCache:
         self.layers: list[Tokens | None] = [None] * num_layers
         self.num_frames = 0  # frames written so far
         self._rotated: list[Tensor | None] = [None] * num_layers  # keys as the coming block reads
+        self._observed: list[Tensor | None] = [None] * num_layers  # attention they got from it
 
     @property
     def num_tokens(self) -> int:
@@ -127,6 +129,7 @@ class KVCache:
         """Forget everything; the next block is frame 0."""
         self.layers = [None] * len(self.layers)
         self._rotated = [None] * len(self.layers)
+        self._observed = [None] * len(self.layers)
         self.num_frames = 0
 
     def skip_to(self, frame: int) -> None:
@@ -200,7 +203,8 @@ class KVCache:
 
         def observe(probabilities: Tensor) -> None:
             mass = probabilities[..., :held].float().sum(2).mean(1) / self.passes_per_block
-            tokens.features = self.policy.observe(tokens.features, mass)
+            seen = self._observed[layer]
+            self._observed[layer] = mass if seen is None else seen + mass
 
         return attend(queries, keys, values, observe=observe)
 
@@ -220,8 +224,10 @@ class KVCache:
         with torch.no_grad():
             entering = Entering(layer, hidden.detach(), positions, self.seeds, self.head)
             new = Tokens(keys.detach(), values.detach(), positions, self.policy.enter(entering))
-            old = self.layers[layer]
+            old, mass = self.layers[layer], self._observed[layer]
             if old is not None:
+                if mass is not None:
+                    old = replace(old, features=self.policy.observe(old.features, mass))
                 new = Tokens(
                     torch.cat([old.keys, new.keys], dim=2),
                     torch.cat([old.values, new.values], dim=2),
@@ -229,7 +235,7 @@ class KVCache:
                     torch.cat([old.features, new.features], dim=1),
                 )
             self.layers[layer] = self._evict(new)
-            self._rotated[layer] = None
+            self._rotated[layer] = self._observed[layer] = None
 
     def _evict(self, tokens: Tokens) -> Tokens:
         held, budget = tokens.positions.shape[1], self.spec.budget_tokens

@@ -123,12 +123,12 @@ class CachePolicy:
         return tokens.positions.new_zeros((*tokens.positions.shape[:2], 0), dtype=torch.float32)
 
     def observe(self, features: Tensor, mass: Tensor) -> Tensor:
-        """New features after a forward pass read the tokens; only if `observes_attention`.
+        """New features once a block is finished; only if `observes_attention`.
 
         Args:
             features: [B, S, K]
-            mass: Attention each token received, summed over queries, mean over heads, divided by
-                the forward passes of a block.  [B, S]
+            mass: Attention each token received while the block was made: summed over queries,
+                mean over heads and over the forward passes of a block.  [B, S]
         """
         raise TypeError(f"policy '{self.name}' does not observe attention")
 
@@ -226,7 +226,7 @@ class AttentionMass(CachePolicy):
         return tokens.hidden.new_zeros((*tokens.hidden.shape[:2], 1), dtype=torch.float32)
 
     def observe(self, features: Tensor, mass: Tensor) -> Tensor:
-        """Add the attention of one pass."""
+        """Add the attention of one block."""
         return features * self.decay + mass[..., None]
 
     def rank(self, tokens: Tokens, age: Tensor) -> Tensor:
@@ -315,6 +315,9 @@ def build_policy(name: str, params: dict[str, Any] | None = None) -> CachePolicy
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
             raise ValueError(f"policy '{name}' has no parameter '{key}', only {known}{hint}")
+    for key in params.keys() & {"age_weight", "decay"}:
+        if not isinstance(params[key], int | float):
+            raise ValueError(f"{key} of policy '{name}' must be a number, got {params[key]!r}")
     if "weights" in params:
         params["weights"] = tuple(float(w) for w in params["weights"])
         if len(params["weights"]) != 3:

@@ -93,8 +93,8 @@ def denoise_block(
         noise: Of the batch.
         shape: (F, C, H, W) of the block.
         sampler: Noise levels and rule.
-        grad_step: Step whose clean estimate is returned with gradient, later steps are not run;
-            None runs all steps without gradient.
+        grad_step: Step whose clean estimate is returned, with gradient if it is enabled; later
+            steps are not run. None runs all steps without gradient.
 
     Returns:
         [B, F, C, H, W]
@@ -104,7 +104,7 @@ def denoise_block(
     last = sampler.num_steps - 1 if grad_step is None else grad_step
     for step in range(last + 1):
         sigma = latents.new_full(latents.shape[:2], sampler.sigmas[step])
-        with torch.set_grad_enabled(grad_step == step):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and grad_step == step):
             velocity = student(latents, sigma, text, frames=frames, cache=cache)
         following = sampler.sigmas[step + 1]
         if step == last and (grad_step is not None or sampler.renoise):
@@ -175,7 +175,7 @@ def generate_blocks(
         text: [B, T, text_dim]
         cache: Past; empty, or left by an earlier call.
         noise: Of the batch.
-        num_frames: Frames to produce, the prefix counted; cut to the last block's end.
+        num_frames: Frames to produce, the prefix counted; rounded up to whole blocks.
         latent_shape: (C, H, W)
         sampler: Noise levels and rule.
         prefix: True frames streamed through the same eviction first.  [B, P, C, H, W]

@@ -46,7 +46,8 @@ def salience_targets(
         parts = ((0, slice(0, start)), (1, slice(start, stop)), (2, slice(stop, None)))
         for first in range(start, stop, rows):
             tile = queries[:, :, first : min(first + rows, stop)]
-            scores = (tile @ keys.transpose(-1, -2)).float() * head_dim**-0.5
+            with torch.autocast(tile.device.type, enabled=False):
+                scores = (tile.float() @ keys.float().transpose(-1, -2)) * head_dim**-0.5
             scores -= scores.logsumexp(dim=-1, keepdim=True)
             strongest = scores.amax(dim=2)  # [B, N, S]
             for part, span in parts:
@@ -73,7 +74,8 @@ def mask_short_future(targets: Tensor, block_len: int, horizon: int) -> Tensor:
     """
     targets = targets.clone()
     num_tokens = targets.shape[-2]
-    kept = max(0, (num_tokens // block_len - horizon) * block_len)
+    num_blocks = -(-num_tokens // block_len)
+    kept = max(0, (num_blocks - horizon) * block_len)
     targets[..., kept:, 0] = torch.nan
     return targets
 
@@ -89,7 +91,8 @@ class SalienceMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, S, E] to [B, S, 3], float32."""
-        return self.down(F.silu(self.up(self.norm(x.float()))))
+        with torch.autocast(x.device.type, enabled=False):
+            return self.down(F.silu(self.up(self.norm(x.float()))))
 
 
 class SalienceHead(nn.Module):

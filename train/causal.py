@@ -1,11 +1,13 @@
 """Stage `causal`: the teacher's weights become a block-causal student, by teacher forcing."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from configs.checks import require_range
+from configs.schema import StageConfig
 from data.datamodule import LatentBatch
 from models.attention import QueryGroup, group_teacher_forcing, teacher_forcing_mask
 from models.flow import add_noise, sampling_sigmas, shift_sigma
@@ -78,6 +80,14 @@ class Causal(Stage):
     export_role = "student"
     network_sources: ClassVar = {"student": (("teacher", "transformer"),)}
     exported: ClassVar = {"transformer": "student"}
+
+    @classmethod
+    def check(cls, config: StageConfig, params: Any, *, key: str, block: int) -> None:
+        """The context must stay recognisable and the sampler have steps."""
+        super().check(config, params, key=key, block=block)
+        require_range(f"{key}.params.context_noise", params.context_noise, 0, 1)
+        require_range(f"{key}.params.max_recent_blocks", params.max_recent_blocks, 1, 10**6)
+        require_range(f"{key}.params.sample_steps", params.sample_steps, 1, 1000)
 
     def loss(self, batch: LatentBatch) -> Tensor:
         """Flow matching in the noisy half."""

@@ -7,11 +7,13 @@ Source: Self-Forcing, arXiv:2506.08009; DMD2, arXiv:2405.14867.
 """
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from configs.checks import require_blocks, require_range
+from configs.schema import StageConfig
 from data.datamodule import LatentBatch
 from models.flow import add_noise, sampling_sigmas, shift_sigma, velocity_to_x0
 from models.kv_cache import CacheSpec, KVCache
@@ -61,6 +63,16 @@ class DistributionMatching(Stage):
     """What `distill` and `streaming` share: student and critic steps on a window of latents."""
 
     frozen_sources: ClassVar = {"teacher": (("teacher", "transformer"),)}
+
+    @classmethod
+    def check(cls, config: StageConfig, params: Any, *, key: str, block: int) -> None:
+        """What both rollout stages need of their settings."""
+        super().check(config, params, key=key, block=block)
+        require_range(f"{key}.params.student_steps", params.student_steps, 1, 1000)
+        require_range(f"{key}.params.student_every", params.student_every, 1, config.steps)
+        low, high = params.score_range
+        require_range(f"{key}.params.score_range", low, 0, high)
+        require_range(f"{key}.params.score_range", high, low, 1)
 
     def sampler(self) -> Sampler:
         """The few-step student's noise levels."""
@@ -166,6 +178,14 @@ class Distill(DistributionMatching):
     }
     export_role = "student"
     exported: ClassVar = {"transformer": "student", "critic": "critic"}
+
+    @classmethod
+    def check(cls, config: StageConfig, params: Any, *, key: str, block: int) -> None:
+        """A rollout must have frames to generate behind its prefix."""
+        super().check(config, params, key=key, block=block)
+        require_blocks(f"{key}.params.prefix_frames", params.prefix_frames, block, least=0)
+        for frames in params.prefix_frames:
+            require_range(f"{key}.params.prefix_frames", frames, 0, config.frames - block)
 
     def rollout(self, batch: LatentBatch, step: int, *, grad: bool) -> tuple[Tensor, Tensor]:
         """A window of true prefix and generated frames, and the mask of the generated ones."""

@@ -1,11 +1,13 @@
 """Stage `salience`: the S-MLP learns the teacher's salience from the student's clean pass."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from configs.checks import require_range
+from configs.schema import StageConfig
 from data.datamodule import LatentBatch
 from models.attention import block_causal_mask
 from models.flow import add_noise
@@ -50,6 +52,17 @@ class SalienceStage(Stage):
     }
     export_role = "student"
     exported: ClassVar = {"transformer": "student", "head": "head"}
+
+    @classmethod
+    def check(cls, config: StageConfig, params: Any, *, key: str, block: int) -> None:
+        """Statistics come first and leave steps to train; keys must have a future."""
+        super().check(config, params, key=key, block=block)
+        require_range(f"{key}.params.sigma", params.sigma, 0, 1)
+        require_range(
+            f"{key}.params.statistics_steps", params.statistics_steps, 1, config.steps - 1
+        )
+        require_range(f"{key}.params.horizon", params.horizon, 1, config.frames // block - 1)
+        require_range(f"{key}.params.budget_share", params.budget_share, 0, 1)
 
     def setup_stage(self) -> None:
         """Start without gathered targets."""
@@ -127,7 +140,7 @@ class SalienceStage(Stage):
         self.gathered = []
 
     def scores(self, predicted: list[Tensor], wanted: list[Tensor]) -> dict[str, Tensor | float]:
-        """Spearman and recall per layer and part, on a batch not yet trained on."""
+        """Spearman and recall per layer and part, on this batch before its step."""
         metrics: dict[str, Tensor | float] = {}
         for layer, (p, w) in enumerate(zip(predicted, wanted, strict=True)):
             for part, score in zip(PARTS, head_scores(p, w, self.params.budget_share), strict=True):

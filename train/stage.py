@@ -15,6 +15,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from configs.checks import require_blocks
 from configs.errors import ConfigError
 from configs.schema import StageConfig
 from train.checkpoint import Snapshot, capture
@@ -91,6 +92,18 @@ class Stage(L.LightningModule):
         self._restart_point: Snapshot | None = None
         self._last_end: float | None = None
         self.setup_stage()
+
+    @classmethod
+    def check(cls, config: StageConfig, params: Any, *, key: str, block: int) -> None:
+        """Raise `ConfigError` if settings contradict each other, before anything runs.
+
+        Args:
+            config: Of the stage.
+            params: Its own settings, a `params_type`.
+            key: Where the stage stands in the config.
+            block: Frames per block.
+        """
+        require_blocks(f"{key}.frames", [config.frames], block)
 
     @property
     def block_len(self) -> int:

@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from configs.checks import require_blocks, require_choice, require_range
+from configs.schema import StageConfig
 from data.datamodule import LatentBatch
 from models.kv_cache import CacheSpec, KVCache
 from models.kv_policy import build_policy
@@ -106,6 +108,21 @@ class Streaming(DistributionMatching):
     export_role = "student"
     exported: ClassVar = {"transformer": "student", "critic": "critic", "head": "head"}
     restarts_at_snapshot = True
+
+    @classmethod
+    def check(cls, config: StageConfig, params: Any, *, key: str, block: int) -> None:
+        """A stream must hold its prefix and a chunk, and a window judge a whole chunk."""
+        super().check(config, params, key=key, block=block)
+        where = f"{key}.params"
+        require_blocks(f"{where}.prefix_frames", [params.prefix_frames], block)
+        require_blocks(f"{where}.chunk_frames", [params.chunk_frames], block)
+        require_range(f"{where}.prefix_frames", params.prefix_frames, block, config.frames)
+        require_range(f"{where}.chunk_frames", params.chunk_frames, block, config.frames)
+        shortest = params.prefix_frames + params.chunk_frames
+        require_range(f"{where}.stream_frames", params.stream_frames, shortest, 10**9)
+        require_range(f"{where}.switch_chance", params.switch_chance, 0, 1)
+        require_choice(f"{where}.time", params.time, ("absolute", "relative"))
+        require_range(f"{where}.max_lag", params.max_lag, params.sink_frames + block, 10**9)
 
     def setup_stage(self) -> None:
         """No stream yet: the first step starts one per micro-batch."""

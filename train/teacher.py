@@ -2,11 +2,13 @@
 
 import itertools
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from configs.checks import require_range
+from configs.schema import StageConfig
 from data.datamodule import LatentBatch
 from models.flow import add_noise, sampling_sigmas, shift_sigma
 from train.losses import flow_matching_loss
@@ -44,6 +46,15 @@ class Teacher(Stage):
     network_sources: ClassVar = {"teacher": ()}
     export_role = "teacher"
     exported: ClassVar = {"transformer": "teacher"}
+
+    @classmethod
+    def check(cls, config: StageConfig, params: Any, *, key: str, block: int) -> None:
+        """Shares must be shares."""
+        super().check(config, params, key=key, block=block)
+        for name in ("block_noise", "text_dropout"):
+            require_range(f"{key}.params.{name}", getattr(params, name), 0, 1)
+        require_range(f"{key}.params.clean_blocks", params.clean_blocks, 0, 0.95)
+        require_range(f"{key}.params.preview_steps", params.preview_steps, 1, 1000)
 
     def sigma(self, seeds: Tensor, num_frames: int) -> Tensor:
         """Noise level of every frame.  [B, F]."""

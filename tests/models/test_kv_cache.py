@@ -190,7 +190,7 @@ def test_attention_mass_counts_what_a_dense_softmax_counts():
     )
     refresh(network, text, second, cache=cache)
     for layer, probabilities in enumerate(read):
-        expected = probabilities.sum(2).mean(1) / (SAMPLER.num_steps + 1)
+        expected = probabilities.sum(2).mean(1) / (SAMPLER.num_steps + 1)  # one of three passes
         got = cache.layers[layer].features[:, :12, 0]
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
 
