@@ -39,7 +39,7 @@ class DistillParams:
         score_shift: Shift of the noise levels at which teacher and critic judge.
         score_range: Lowest and highest of those noise levels.
         clean_context: Let teacher and critic see the frames that do not count without noise; for
-            a teacher that was trained with clean blocks beside noisy ones.
+            a teacher that was trained with clean prefixes.
         guidance_scale: Of the teacher's estimate; 1 = off.
         student_every: The student is updated every so many steps, the critic in every step.
         prefix_frames: True frames that a rollout continues; one entry is drawn per step.

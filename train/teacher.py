@@ -22,18 +22,17 @@ class TeacherParams:
 
     Attributes:
         shift: Of the noise levels drawn, see `models.flow.shift_sigma`.
-        block_noise: Share of samples whose blocks have noise levels of their own; the others have
-            one level per video. Blocks that are clean beside noisy ones are what teaches a small
-            teacher to look things up far away.
-        clean_blocks: Share of the blocks of such samples that are clean.
+        clean_prefix: Share of samples whose first blocks, half of them on average, are clean; the
+            rest of such a video, and all of every other, has one noise level. Clean frames are
+            what teaches a small teacher to look things up far away, and a teacher that knows them
+            can judge a continuation (`clean_context` in `train.distill`).
         text_dropout: Share of samples whose caption is zeroed, so that guidance has an
             unconditional estimate.
         preview_steps: Sampler steps of the videos shown during training.
     """
 
     shift: float = 3.0
-    block_noise: float = 0.0
-    clean_blocks: float = 0.5
+    clean_prefix: float = 0.0
     text_dropout: float = 0.1
     preview_steps: int = 16
 
@@ -51,20 +50,18 @@ class Teacher(Stage):
     def check(cls, config: StageConfig, params: Any, *, key: str, block: int) -> None:
         """Shares must be shares."""
         super().check(config, params, key=key, block=block)
-        for name in ("block_noise", "text_dropout"):
+        for name in ("clean_prefix", "text_dropout"):
             require_range(f"{key}.params.{name}", getattr(params, name), 0, 1)
-        require_range(f"{key}.params.clean_blocks", params.clean_blocks, 0, 0.95)
         require_range(f"{key}.params.preview_steps", params.preview_steps, 1, 1000)
 
     def sigma(self, seeds: Tensor, num_frames: int) -> Tensor:
         """Noise level of every frame.  [B, F]."""
-        params, size = self.params, self.frames_per_block
-        uniform = sample_uniform((1 + num_frames // size,), seeds, "teacher sigma")
-        sigma = shift_sigma(uniform, params.shift)
-        is_clean = sample_uniform((num_frames // size,), seeds, "clean") < params.clean_blocks
-        per_block = sigma[:, 1:].masked_fill(is_clean, 0).repeat_interleave(size, dim=1)
-        by_block = sample_uniform((1,), seeds, "noise by block") < params.block_noise
-        return torch.where(by_block, per_block, sigma[:, :1])
+        size, num_blocks = self.frames_per_block, num_frames // self.frames_per_block
+        level = shift_sigma(sample_uniform((1,), seeds, "teacher sigma"), self.params.shift)
+        length = (sample_uniform((1,), seeds, "prefix") * num_blocks).floor() * size
+        has_prefix = sample_uniform((1,), seeds, "has prefix") < self.params.clean_prefix
+        is_clean = has_prefix & (torch.arange(num_frames) < length)
+        return level.expand(-1, num_frames).masked_fill(is_clean, 0)
 
     def loss(self, batch: LatentBatch) -> Tensor:
         """Flow matching."""

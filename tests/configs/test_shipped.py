@@ -67,7 +67,7 @@ def test_the_cache_size_shown_is_that_of_a_real_cache():
         ("stages.streaming.params.policy=salient", r"stages\.streaming\.params\.policy"),
         ("stages.streaming.params.policy_params.wights=[1,0,0]", r"streaming\.params\.policy"),
         ("stages.teacher.frames=11", r"teacher\.frames must be whole blocks of 2 frames"),
-        ("stages.teacher.params.clean_blocks=1", r"clean_blocks must lie in 0 \.\. 0\.95"),
+        ("stages.teacher.params.clean_prefix=2", r"clean_prefix must lie in 0 \.\. 1"),
         ("stages.causal.params.sample_steps=0", r"sample_steps must lie in 1"),
         ("stages.salience.params.statistics_steps=0", r"statistics_steps must lie in 1"),
         ("stages.salience.params.statistics_steps=6", r"statistics_steps must lie in 1 \.\. 5"),

@@ -201,12 +201,14 @@ def test_accumulated_micro_batches_give_the_gradient_of_the_whole_batch(cls):
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
-def test_block_noise_leaves_clean_blocks_beside_noisy_ones():
-    stage = build(Teacher, TeacherParams(block_noise=1.0), {"teacher": network()})
-    sigma = stage.sigma(torch.arange(200), FRAMES)
-    blocks = sigma.unflatten(1, (-1, 2))
-    assert (blocks[..., 0] == blocks[..., 1]).all(), "frames of a block share a level"
-    assert (sigma == 0).float().mean() == pytest.approx(0.5, abs=0.05)
+def test_a_clean_prefix_is_whole_blocks_and_never_the_whole_video():
+    stage = build(Teacher, TeacherParams(clean_prefix=1.0), {"teacher": network()})
+    sigma = stage.sigma(torch.arange(300), FRAMES)
+    lengths = (sigma == 0).sum(dim=1)
+    assert set(lengths.tolist()) == {0, 2, 4, 6, 8, 10}
+    for row, length in zip(sigma, lengths.tolist(), strict=True):
+        assert (row[:length] == 0).all()
+        assert (row[length:] == row[-1]).all()
     uniform = build(Teacher, TeacherParams(), {"teacher": network()}).sigma(torch.arange(5), FRAMES)
     assert (uniform == uniform[:, :1]).all()
     assert (uniform > 0).all()
