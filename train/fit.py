@@ -157,6 +157,7 @@ def identity(config: RunConfig, stage_name: str, *, seed: int) -> dict[str, Any]
     sections = ("source", "codec", "text", "data", "model", "head")
     trainer = {key: whole["trainer"][key] for key in ("strategy", "zero_stage", "precision")}
     shared = {key: whole[key] for key in sections}
+    del shared["data"]["workers"]  # who reads a sample does not change it
     return {"name": stage_name, "seed": seed, "stage": stage, "trainer": trainer} | shared
 
 
