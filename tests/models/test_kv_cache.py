@@ -195,6 +195,25 @@ def test_attention_mass_counts_what_a_dense_softmax_counts():
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_attention_mass_decays_once_per_block():
+    network, blocks = student(), torch.randn(2, 6, 16, 2, 3).split(BLOCK, dim=1)
+    mass = {}
+    for decay in (1.0, 0.5):
+        cache = new_cache(network, "attention_mass", budget=1000)
+        cache.policy.decay = decay
+        for number, block in enumerate(blocks):
+            for _ in range(2):  # denoising passes also read the cache
+                frames = torch.arange(number * BLOCK, (number + 1) * BLOCK)
+                network(
+                    block, torch.ones(2, BLOCK), torch.zeros(2, 3, 8), frames=frames, cache=cache
+                )
+            refresh(network, torch.zeros(2, 3, 8), block, cache=cache)
+            mass[decay, number] = cache.layers[0].features[:, :12, 0]
+    second = mass[1.0, 1]
+    third = mass[1.0, 2] - second
+    torch.testing.assert_close(mass[0.5, 2], 0.5 * second + third)
+
+
 def test_relative_time_equals_absolute_within_the_trained_range_and_saturates_beyond():
     network = student()
     absolute = roll(network, new_cache(network), 12)
