@@ -74,16 +74,17 @@ def block_causal_mask(num_blocks: int, block_len: int) -> Tensor:
 
 @dataclass
 class QueryGroup:
-    """Queries that share a range of keys: a sparse mask is a list of these.
+    """The queries of one span of [clean | noisy]: a sparse mask is a list of these.
+
+    Clean and noisy queries of the span read the clean tokens up to its end and its own noisy
+    tokens.
 
     Attributes:
-        queries: Pieces of the token axis, in order of the tokens.
-        keys: Pieces of the token axis that any of the queries may read.
+        size: Tokens of the span in either half.
         mask: True where a query of the group may read a key of the group.  [B, 1, Q, K]
     """
 
-    queries: list[slice]
-    keys: list[slice]
+    size: int
     mask: Tensor
 
 
@@ -126,18 +127,13 @@ def group_teacher_forcing(mask: Tensor, block_len: int, num_groups: int) -> list
     num_tokens = mask.shape[-1] // 2
     num_blocks = num_tokens // block_len
     bounds = [num_blocks * i // num_groups * block_len for i in range(num_groups + 1)]
+    halves = mask.unflatten(3, (2, -1)).unflatten(2, (2, -1))  # [B, 1, 2, S, 2, S]
     groups = []
     for start, stop in itertools.pairwise(bounds):
-        noisy = slice(num_tokens + start, num_tokens + stop)
-        queries, keys = [slice(start, stop), noisy], [slice(0, stop), noisy]
-        rows = take(mask, queries, dim=2)
-        groups.append(QueryGroup(queries, keys, take(rows, keys, dim=3)))
+        rows = halves[:, :, :, start:stop].flatten(2, 3)
+        clean, noisy = rows[:, :, :, 0, :stop], rows[:, :, :, 1, start:stop]
+        groups.append(QueryGroup(stop - start, torch.cat([clean, noisy], dim=3)))
     return groups
-
-
-def take(x: Tensor, pieces: list[slice], *, dim: int) -> Tensor:
-    """The pieces of one axis, joined."""
-    return torch.cat([x.narrow(dim, p.start, p.stop - p.start) for p in pieces], dim=dim)
 
 
 class RMSNorm(nn.Module):
@@ -224,18 +220,21 @@ def attend(
 def _attend_in_groups(
     queries: Tensor, keys: Tensor, values: Tensor, groups: list[QueryGroup]
 ) -> Tensor:
-    pieces: list[tuple[int, Tensor]] = []
-    for group in groups:
-        attended = F.scaled_dot_product_attention(
-            take(queries, group.queries, dim=2),
-            take(keys, group.keys, dim=2),
-            take(values, group.keys, dim=2),
+    # Splits rather than slices: a slice costs a zero-filled gradient of the whole sequence.
+    sizes = [group.size for group in groups]
+    spans = queries.unflatten(2, (2, -1)).split(sizes, dim=3)
+    clean_keys, noisy_keys = (half.split(sizes, dim=2) for half in keys.chunk(2, dim=2))
+    clean_values, noisy_values = (half.split(sizes, dim=2) for half in values.chunk(2, dim=2))
+    attended = [
+        F.scaled_dot_product_attention(
+            span.flatten(2, 3),
+            torch.cat([*clean_keys[: i + 1], noisy_keys[i]], dim=2),
+            torch.cat([*clean_values[: i + 1], noisy_values[i]], dim=2),
             attn_mask=group.mask,
-        )
-        sizes = [piece.stop - piece.start for piece in group.queries]
-        starts = [piece.start for piece in group.queries]
-        pieces.extend(zip(starts, attended.split(sizes, dim=2), strict=True))
-    return torch.cat([piece for _, piece in sorted(pieces, key=lambda pair: pair[0])], dim=2)
+        ).unflatten(2, (2, -1))
+        for i, (span, group) in enumerate(zip(spans, groups, strict=True))
+    ]
+    return torch.cat(attended, dim=3).flatten(2, 3)
 
 
 def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
