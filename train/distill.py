@@ -30,8 +30,8 @@ from train.stage import Stage
 
 
 @dataclass
-class DistillParams:
-    """Settings of the stage.
+class DistributionMatchingParams:
+    """Settings that `distill` and `streaming` share.
 
     Attributes:
         student_steps: Network passes per block of the few-step student.
@@ -42,9 +42,7 @@ class DistillParams:
             a teacher that was trained with clean prefixes.
         guidance_scale: Of the teacher's estimate; 1 = off.
         student_every: The student is updated every so many steps, the critic in every step.
-        prefix_frames: True frames that a rollout continues; one entry is drawn per step.
-        budgets: Tokens per layer during rollouts, under random eviction; one is drawn per step.
-        sink_frames: Frames never evicted.
+        sink_frames: Frames never evicted during rollouts.
     """
 
     student_steps: int = 2
@@ -54,14 +52,26 @@ class DistillParams:
     clean_context: bool = False
     guidance_scale: float = 1.0
     student_every: int = 5
+    sink_frames: int = 1
+
+
+@dataclass
+class DistillParams(DistributionMatchingParams):
+    """Settings of the stage, besides those it shares with `streaming`.
+
+    Attributes:
+        prefix_frames: True frames that a rollout continues; one entry is drawn per step.
+        budgets: Tokens per layer during rollouts, under random eviction; one is drawn per step.
+    """
+
     prefix_frames: list[int] = field(default_factory=lambda: [24])
     budgets: list[int] = field(default_factory=lambda: [128])
-    sink_frames: int = 1
 
 
 class DistributionMatching(Stage):
     """What `distill` and `streaming` share: student and critic steps on a window of latents."""
 
+    params: DistributionMatchingParams
     frozen_sources: ClassVar = {"teacher": (("teacher", "transformer"),)}
 
     @classmethod

@@ -20,26 +20,18 @@ from models.kv_cache import CacheSpec, KVCache
 from models.kv_policy import build_policy
 from models.rollout import NoiseSource, make_cache, recache, refresh
 from models.salience import SalienceHead
-from train.distill import DistributionMatching
+from train.distill import DistributionMatching, DistributionMatchingParams
 from train.randomness import derive_seeds, step_integer
 
 
 @dataclass
-class StreamingParams:
-    """Settings of the stage; the first ones as in `train.distill.DistillParams`.
+class StreamingParams(DistributionMatchingParams):
+    """Settings of the stage, besides those it shares with `distill`.
 
     Attributes:
-        student_steps: Network passes per block.
-        student_shift: Shift of their noise levels.
-        score_shift: Shift of the noise levels at which teacher and critic judge.
-        score_range: Lowest and highest of those noise levels.
-        clean_context: Let teacher and critic see earlier chunks without noise.
-        guidance_scale: Of the teacher's estimate; 1 = off.
-        student_every: The student is updated every so many chunks.
         policy: Cache policy.
         policy_params: Of the policy.
         budget_tokens: Tokens per layer.
-        sink_frames: Frames never evicted.
         time: `absolute` or `relative` frame numbers, see `models.kv_cache.CacheSpec`.
         max_lag: Longest lag shown by `relative` time.
         prefix_frames: True frames at the start of a stream, at least one block.
@@ -48,17 +40,10 @@ class StreamingParams:
         switch_chance: Chance that a stream changes its prompt once, in its middle.
     """
 
-    student_steps: int = 2
-    student_shift: float = 5.0
-    score_shift: float = 3.0
-    score_range: list[float] = field(default_factory=lambda: [0.02, 0.98])
-    clean_context: bool = False
-    guidance_scale: float = 1.0
     student_every: int = 2
     policy: str = "salience"
     policy_params: dict[str, Any] = field(default_factory=dict)
     budget_tokens: int = 128
-    sink_frames: int = 1
     time: str = "absolute"
     max_lag: int = 47
     prefix_frames: int = 24
