@@ -21,9 +21,11 @@ from configs.errors import UserError
 from configs.schema import RunConfig
 from data.files import write_atomically
 from launch.bench import Bench, check_budgets, load_bench, run_jobs
+from launch.claims import claims_of
 from launch.contest import Job, contestants, plan_jobs
 from launch.exhibits import examine_heads, shown_contestants, write_videos
 from launch.held_out import prepare
+from launch.steps import say
 
 TEST_FIELDS = ("policies", "quality", "prefix_free")
 
@@ -66,6 +68,8 @@ def evaluate(config: RunConfig, ckpts: Sequence[Path], out: Path) -> None:
     }
     write_videos(bench, _shown_jobs(bench, ages), out / "videos")
     write_atomically(out / "results.json", json.dumps(results, indent=1).encode())
+    for claim in claims_of(results):
+        say(str(claim))
 
 
 class Record:

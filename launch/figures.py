@@ -3,7 +3,7 @@
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,12 @@ def series_of(row: Row) -> str:
     if row["policy"] == "salience" and weights and len(set(weights)) == 1:
         return "salience_all"
     return str(row["policy"])
+
+
+def best(rows: Sequence[Row], wanted: Callable[[Row], bool]) -> Row | None:
+    """The row of highest identity accuracy among those wanted."""
+    chosen = [row for row in rows if wanted(row)]
+    return max(chosen, key=lambda row: row["identity_accuracy"]["mean"], default=None)
 
 
 def style_of(series: str) -> Series:

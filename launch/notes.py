@@ -5,11 +5,9 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from launch.figures import Row, series_of, style_of
-from launch.tables import best, list_of, percent
-
-HEURISTICS = ("fifo", "sink_window", "random", "random_once", "attention_mass")
-"""Policies that learn nothing from a teacher."""
+from launch.claims import HEURISTICS
+from launch.figures import Row, best, series_of, style_of
+from launch.tables import list_of, percent
 
 
 def headline(rows: Sequence[Row]) -> tuple[str, str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from data.files import write_atomically
 from launch import tables
+from launch.claims import claims_of
 from launch.figures import (
     SERIES,
     Row,
@@ -56,6 +57,7 @@ def build_page(material: Material) -> str:
         method_section(material),
         _comparison(material),
         _stages(material),
+        _claims(material),
         _training(material),
         notes(material.results),
         _footer(material),
@@ -160,6 +162,15 @@ one revolution. Rollouts of {results["prefix_free"][0]["frames"]} frames.</p></d
         cards += f"""<div class="card" style="margin-top:20px"><h3>Fewer steps</h3>
 {tables.quality_table(results["quality"])}</div>"""
     return f"<section><h2>What each training stage adds</h2>{cards}</section>" if cards else ""
+
+
+def _claims(material: Material) -> str:
+    claims = claims_of(material.results)
+    held = sum(claim.holds for claim in claims)
+    return f"""<section><h2>What was asked of this run</h2>
+<p>{held} of {len(claims)} claims hold. The bounds were set before the run; accuracies are
+fractions.</p>
+<div class="card">{tables.claim_table(claims)}</div></section>"""
 
 
 def _training(material: Material) -> str:

@@ -1,12 +1,13 @@
 """Tables of the report as HTML."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from launch.claims import Claim
 from launch.figures import Row, series_of, style_of
 
-LEFT = ("stage", "policy", "student")
+LEFT = ("stage", "policy", "student", "claim")
 """Headings of columns that hold names."""
 
 
@@ -164,12 +165,16 @@ def _heat(value: float, text: str) -> str:
     return f'<td class="heat" style="--level:{min(max(value, 0), 1):.2f}">{text}</td>'
 
 
+def claim_table(claims: Sequence[Claim]) -> str:
+    """What was asked, what was found, and whether that is enough."""
+    lines = [
+        f'<tr><td style="text-align:left">{escape(claim.text)}</td><td>{claim.found:.3f}</td>'
+        f"<td>{escape(claim.relation)}</td><td>{'yes' if claim.holds else '<b>no</b>'}</td></tr>"
+        for claim in claims
+    ]
+    return table(["claim", "found", "must be", "holds"], lines)
+
+
 def list_of(items: Sequence[str], *, css: str) -> str:
     """An unordered list of HTML items."""
     return f'<ul class="{css}">' + "".join(f"<li>{item}</li>" for item in items) + "</ul>"
-
-
-def best(rows: Sequence[Row], wanted: Callable[[Row], bool]) -> Row | None:
-    """The row of highest identity accuracy among those wanted."""
-    chosen = [row for row in rows if wanted(row)]
-    return max(chosen, key=lambda row: row["identity_accuracy"]["mean"], default=None)

@@ -1,0 +1,102 @@
+"""What a run must show is judged by its numbers, and can fail."""
+
+import copy
+from typing import Any
+
+import pytest
+
+from launch.claims import Claim, claims_of
+
+
+def row(policy: str, accuracy: float, *, stage: str = "many", tokens: int = 128, **more) -> dict:
+    return {
+        "stage": stage,
+        "policy": policy,
+        "frames": 96,
+        "budget_tokens": tokens,
+        "identity_accuracy": {"mean": accuracy, "std": 0.01},
+    } | more
+
+
+def good_results() -> dict[str, Any]:
+    weights = {"weights": [1.0, 0.0, 0.0]}
+    policies = [row("full", 0.97, tokens=768), row("full", 0.4, tokens=3840) | {"frames": 480}]
+    for tokens, accuracy in ((96, 0.8), (128, 0.9)):
+        policies += [
+            row("salience", accuracy, tokens=tokens, **weights),
+            row("position_prior", accuracy - 0.2, tokens=tokens),
+            row("fifo", 0.1, tokens=tokens),
+            row("random", 0.3, tokens=tokens),
+            row("untrained_head", 0.1, tokens=tokens),
+            row("inverted_head", 0.1, tokens=tokens),
+        ]
+    for stage in ("few", "streaming"):
+        policies.append(row("salience", 0.85, stage=stage, **weights))
+    quality = [
+        row("full", accuracy, stage=stage, steps=steps, pixel_error=error, checker_contrast=sharp)
+        for stage, steps, accuracy, error, sharp in (
+            ("many", 1, 0.90, 0.020, 0.80),
+            ("many", 2, 0.95, 0.015, 0.85),
+            ("many", 32, 0.98, 0.010, 0.95),
+            ("few", 1, 0.93, 0.012, 0.93),
+            ("few", 2, 0.96, 0.011, 0.94),
+        )
+    ]
+    return {"stages": ["many", "few", "streaming"], "policies": policies, "quality": quality}
+
+
+def failing(results: dict[str, Any]) -> list[str]:
+    return [claim.text for claim in claims_of(results) if not claim.holds]
+
+
+def test_good_results_pass_every_claim():
+    results = good_results()
+    assert failing(results) == []
+    # full, three at a third, three at a quarter, two later stages, three for each of two counts.
+    assert len(claims_of(results)) == 15
+
+
+@pytest.mark.parametrize(
+    ("policy", "tokens", "accuracy", "broken"),
+    [
+        ("full", 768, 0.94, "keeping everything"),
+        ("fifo", 128, 0.60, "lead over fifo, the best fixed rule, 128 tokens"),
+        ("position_prior", 128, 0.85, "lead over position_prior, 128 tokens"),
+        ("salience", 96, 0.60, "salience, 96 tokens"),
+        ("untrained_head", 96, 0.30, "untrained_head, 96 tokens"),
+        ("inverted_head", 96, 0.20, "inverted_head, 96 tokens"),
+    ],
+)
+def test_one_bad_number_breaks_its_claim(policy: str, tokens: int, accuracy: float, broken: str):
+    results = good_results()
+    for entry in results["policies"]:
+        if (entry["policy"], entry["budget_tokens"], entry["stage"]) == (policy, tokens, "many"):
+            entry["identity_accuracy"]["mean"] = accuracy
+    assert failing(results) == [broken]
+
+
+def test_a_distillation_that_changed_nothing_fails():
+    results = good_results()
+    parents = [copy.deepcopy(r) for r in results["quality"] if r["stage"] == "many"]
+    results["quality"] = parents + [parent | {"stage": "few"} for parent in parents]
+    broken = failing(results)
+    assert len(broken) == 4
+    assert all("below its parent's" in text for text in broken)
+
+
+def test_a_last_stage_that_forgets_fails():
+    results = good_results()
+    results["policies"][-1]["identity_accuracy"]["mean"] = 0.7
+    assert failing(results) == ["learned salience after streaming, 128 tokens"]
+
+
+def test_results_of_one_stage_without_budgets_claim_what_they_can():
+    results = good_results()
+    results["stages"], results["quality"] = ["many"], []
+    results["policies"] = results["policies"][:1]
+    assert [claim.text for claim in claims_of(results)] == ["keeping everything"]
+
+
+def test_a_claim_in_words():
+    text = str(Claim("error", 0.5, 0.5, is_floor=False, is_strict=True))
+    assert text == "error: 0.500, must be < 0.500: does NOT hold"
