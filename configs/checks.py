@@ -53,7 +53,9 @@ def check_run(config: "RunConfig") -> None:
         require_choice("evaluate.stages", name, config.stages)
     if evaluate.stages:
         recent = max(evaluate.recent_frames, config.model.frames_per_block)
-        require_budgets("evaluate.budgets", evaluate.budgets, evaluate.sink_frames, recent, config)
+        for name in ("budgets", "long_budgets"):
+            budgets = getattr(evaluate, name)
+            require_budgets(f"evaluate.{name}", budgets, evaluate.sink_frames, recent, config)
 
 
 def require_budgets(

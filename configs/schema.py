@@ -257,12 +257,13 @@ class EvaluateConfig:
     max_lag: int = 47
     videos: int = 2
     """Clips per policy that the report shows."""
-    contenders: list[str] = field(
-        default_factory=lambda: ["full", "sink_window", "position_prior", "salience"]
-    )
-    """Policies that also run on stages after the first, and beyond the shortest length."""
+    contenders: list[str] = field(default_factory=list)
+    """Policies that also run on stages after the first, and beyond the shortest length; empty =
+    all."""
     long_stages: list[str] = field(default_factory=list)
     """Stages rolled out beyond the shortest length; empty = all."""
+    long_budgets: list[int] = field(default_factory=list)
+    """Budgets on stages after the first, and beyond the shortest length; empty = all."""
     long_clips_per_seed: int = 8
     """Clips of each seed there, and in the comparison of step counts."""
     unbounded_frames: int = 240

@@ -119,7 +119,8 @@ def _sanity_checks(settings: EvaluateConfig) -> list[Contestant]:
 def plan_jobs(settings: EvaluateConfig, *, has_head: Mapping[str, bool]) -> list[Job]:
     """All jobs in order, the tuning before what depends on it.
 
-    The first stage is tried with every contestant, the others with `settings.contenders`.
+    The first stage is tried with every contestant and budget at the shortest length; everything
+    else with `settings.contenders` and `settings.long_budgets`.
 
     Args:
         settings: Of the evaluation.
@@ -135,7 +136,7 @@ def plan_jobs(settings: EvaluateConfig, *, has_head: Mapping[str, bool]) -> list
     jobs: list[Job] = []
     for stage in stages:
         everyone = contestants(settings, has_head=has_head[stage])
-        contenders = [c for c in everyone if c.name in settings.contenders]
+        contenders = [c for c in everyone if c.name in (settings.contenders or names)]
         is_first = stage == stages[0]
         jobs += _short_jobs(settings, stage, everyone if is_first else contenders, is_first)
         if stage in (settings.long_stages or stages):
@@ -157,7 +158,7 @@ def _check_known(key: str, chosen: Sequence[str], known: Sequence[str]) -> None:
 def _short_jobs(
     settings: EvaluateConfig, stage: str, chosen: Sequence[Contestant], is_first: bool
 ) -> list[Job]:
-    budgets = settings.budgets if is_first else settings.budgets[-1:]
+    budgets = settings.budgets if is_first else settings.long_budgets or settings.budgets
     return [
         Job("policies", stage, contestant, budget, (min(settings.frames),),
             clips_per_seed=settings.clips_per_seed)
@@ -168,15 +169,17 @@ def _short_jobs(
 
 def _long_jobs(settings: EvaluateConfig, stage: str, contenders: Sequence[Contestant]) -> list[Job]:
     longer = sorted(settings.frames)[1:]
+    budgets = settings.long_budgets or settings.budgets
     jobs = []
     for contestant in contenders:
         bounded = POLICIES[contestant.policy].is_bounded
         frames = tuple(f for f in longer if bounded or f <= settings.unbounded_frames)
         if frames:
-            jobs.append(
-                Job("policies", stage, contestant, settings.budgets[-1], frames,
+            jobs += [
+                Job("policies", stage, contestant, budget, frames,
                     clips_per_seed=settings.long_clips_per_seed)
-            )  # fmt: skip
+                for budget in (budgets if bounded else budgets[-1:])
+            ]  # fmt: skip
     return jobs
 
 

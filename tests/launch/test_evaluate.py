@@ -59,6 +59,8 @@ def make_config(folder: Path) -> RunConfig:
             age_weights=[0.0, 0.1],
             quality_steps=[1],
             steps=1,
+            contenders=["full", "sink_window", "position_prior", "salience"],
+            long_budgets=[40],
             long_clips_per_seed=1,
             videos=1,
         ),
@@ -307,6 +309,23 @@ def test_every_scored_policy_is_tuned_on_the_same_grid():
                 and job.budget_tokens == budget
             ]
             assert grid == settings.age_weights
+
+
+def test_by_default_every_policy_meets_every_budget_and_length_in_every_stage():
+    settings = EvaluateConfig()
+    jobs = plan_jobs(settings, has_head={"causal": True, "streaming": True})
+    met = {
+        (job.stage, job.contestant, job.budget_tokens, frames)
+        for job in jobs
+        if job.section == "policies"
+        for frames in job.frames
+    }
+    for stage in ("causal", "streaming"):
+        for contestant in contestants(settings, has_head=True):
+            if POLICIES[contestant.policy].is_bounded:
+                for budget in settings.budgets:
+                    for frames in settings.frames:
+                        assert (stage, contestant, budget, frames) in met
 
 
 def test_misspelled_contender_is_an_error_with_a_hint():
