@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from configs.checks import require_range
+from configs.checks import require, require_range
 from configs.schema import StageConfig
 from data.datamodule import LatentBatch
 from models.flow import add_noise, sampling_sigmas, shift_sigma
@@ -22,10 +22,12 @@ class TeacherParams:
 
     Attributes:
         shift: Of the noise levels drawn, see `models.flow.shift_sigma`.
-        clean_prefix: Share of samples whose first blocks, half of them on average, are clean; the
-            rest of such a video, and all of every other, has one noise level. Clean frames are
-            what teaches a small teacher to look things up far away, and a teacher that knows them
-            can judge a continuation (`clean_context` in `train.distill`).
+        clean_prefix: Share of samples whose first blocks, half of them on average, are clean, and
+            whose other blocks share one noise level: what a judge of continuations sees
+            (`clean_context` in `train.distill`).
+        block_noise: Share of samples whose blocks have noise levels of their own, half of them
+            clean: what the causal student will see, and what teaches a small network to look
+            things up far away. All other samples have one noise level per video.
         text_dropout: Share of samples whose caption is zeroed, so that guidance has an
             unconditional estimate.
         preview_steps: Sampler steps of the videos shown during training.
@@ -33,6 +35,7 @@ class TeacherParams:
 
     shift: float = 3.0
     clean_prefix: float = 0.0
+    block_noise: float = 0.0
     text_dropout: float = 0.1
     preview_steps: int = 16
 
@@ -50,18 +53,30 @@ class Teacher(Stage):
     def check(cls, config: StageConfig, params: Any, *, key: str, block: int) -> None:
         """Shares must be shares."""
         super().check(config, params, key=key, block=block)
-        for name in ("clean_prefix", "text_dropout"):
+        for name in ("clean_prefix", "block_noise", "text_dropout"):
             require_range(f"{key}.params.{name}", getattr(params, name), 0, 1)
+        require(
+            params.clean_prefix + params.block_noise <= 1,
+            f"{key}.params: clean_prefix + block_noise must not exceed 1, found "
+            f"{params.clean_prefix} + {params.block_noise}",
+        )
         require_range(f"{key}.params.preview_steps", params.preview_steps, 1, 1000)
 
     def sigma(self, seeds: Tensor, num_frames: int) -> Tensor:
         """Noise level of every frame.  [B, F]."""
-        size, num_blocks = self.frames_per_block, num_frames // self.frames_per_block
-        level = shift_sigma(sample_uniform((1,), seeds, "teacher sigma"), self.params.shift)
-        length = (sample_uniform((1,), seeds, "prefix") * num_blocks).floor() * size
-        has_prefix = sample_uniform((1,), seeds, "has prefix") < self.params.clean_prefix
-        is_clean = has_prefix & (torch.arange(num_frames) < length)
-        return level.expand(-1, num_frames).masked_fill(is_clean, 0)
+        params, size = self.params, self.frames_per_block
+        num_blocks = num_frames // size
+        levels = shift_sigma(sample_uniform((1 + num_blocks,), seeds, "sigma"), params.shift)
+        kind = sample_uniform((1,), seeds, "kind")
+        has_prefix = kind < params.clean_prefix
+        by_block = ~has_prefix & (kind < params.clean_prefix + params.block_noise)
+        length = sample_uniform((1,), seeds, "prefix") * num_blocks
+        in_prefix = torch.arange(num_blocks) < length.floor()
+        is_clean = sample_uniform((num_blocks,), seeds, "clean") < 0.5
+        is_clean[:, -1] = False  # a video without any noise would have no loss
+        sigma = torch.where(by_block, levels[:, 1:], levels[:, :1])
+        sigma = sigma.masked_fill(has_prefix & in_prefix | by_block & is_clean, 0)
+        return sigma.repeat_interleave(size, dim=1)
 
     def loss(self, batch: LatentBatch) -> Tensor:
         """Flow matching."""

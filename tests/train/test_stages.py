@@ -214,6 +214,24 @@ def test_a_clean_prefix_is_whole_blocks_and_never_the_whole_video():
     assert (uniform > 0).all()
 
 
+def test_blocks_with_noise_levels_of_their_own_are_clean_by_half():
+    stage = build(Teacher, TeacherParams(block_noise=1.0), {"teacher": network()})
+    sigma = stage.sigma(torch.arange(300), FRAMES)
+    blocks = sigma.unflatten(1, (-1, 2))
+    assert (blocks[..., 0] == blocks[..., 1]).all()
+    assert (blocks[:, -1] > 0).all()  # there is always something to learn
+    assert 0.45 < (blocks[:, :-1, 0] == 0).float().mean() < 0.55
+    assert sigma[sigma > 0].unique().numel() > 300
+
+
+def test_shares_of_the_teachers_samples_are_exclusive():
+    params = TeacherParams(clean_prefix=0.4, block_noise=0.4)
+    sigma = build(Teacher, params, {"teacher": network()}).sigma(torch.arange(2000), FRAMES)
+    levels = torch.tensor([row[row > 0].unique().numel() for row in sigma])
+    assert 0.3 < (levels > 1).float().mean() < 0.4  # by block, unless one noisy block is left
+    assert (sigma == sigma[:, :1]).all(dim=1).float().mean() > 0.2
+
+
 def test_random_visibility_protects_the_sink_and_the_newest_blocks():
     visible = random_visibility(
         torch.arange(50), num_tokens=48, block_len=4, sink_tokens=2, max_recent_blocks=3
