@@ -247,8 +247,10 @@ class EvaluateConfig:
     """Weights of `later`, `within` and `earlier` that are reported for the salience policy."""
     steps: int = 4
     """Denoising steps of a student that has no few-step schedule of its own."""
-    quality_steps: list[int] = field(default_factory=lambda: [1, 2, 32])
+    quality_steps: list[int] = field(default_factory=lambda: [1, 2])
     """Numbers of denoising steps at which stages are compared for sharpness."""
+    reference_steps: int = 32
+    """Denoising steps of the first stage's student in that comparison, besides these."""
     shift: float = 5.0
     """Of the noise schedule: larger spends more steps at high noise."""
     sink_frames: int = 1
@@ -271,6 +273,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "clips_per_seed", "tune_clips", "prefix_frames", "steps", "max_lag")
+        require_positive(self, "reference_steps")
         require(
             all(length > self.prefix_frames for length in self.frames),
             f"evaluate.frames must all be above evaluate.prefix_frames={self.prefix_frames}, "

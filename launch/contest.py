@@ -15,6 +15,10 @@ FORMS: dict[str, dict[str, dict[str, Any]]] = {
 """Policies that compete in several forms: name in the results to parameters."""
 
 
+QUALITY_POLICIES = ("full", "sink_window")
+"""Caches in the comparison of step counts."""
+
+
 @dataclass(frozen=True)
 class Contestant:
     """A cache policy with everything fixed but budget and age weight.
@@ -141,7 +145,7 @@ def plan_jobs(settings: EvaluateConfig, *, has_head: Mapping[str, bool]) -> list
         jobs += _short_jobs(settings, stage, everyone if is_first else contenders, is_first)
         if stage in (settings.long_stages or stages):
             jobs += _long_jobs(settings, stage, contenders)
-        jobs += _other_jobs(settings, stage, contenders)
+        jobs += _other_jobs(settings, stage, contenders, is_first)
     needed = dict.fromkeys(_tuning_of(job) for job in jobs if job.contestant.is_scored)
     tuning = [job for job in needed for job in _tuning_jobs(settings, job)]
     return tuning + jobs
@@ -184,15 +188,19 @@ def _long_jobs(settings: EvaluateConfig, stage: str, contenders: Sequence[Contes
 
 
 def _other_jobs(
-    settings: EvaluateConfig, stage: str, contenders: Sequence[Contestant]
+    settings: EvaluateConfig, stage: str, contenders: Sequence[Contestant], is_first: bool
 ) -> list[Job]:
-    """Sharpness over the number of steps, without eviction; and rollouts from the caption alone."""
-    full = Contestant("full", "full")
+    """Sharpness over the number of steps; and rollouts from the caption alone.
+
+    Sharpness is asked of a cache that forgets nothing, where the next frame is all but known, and
+    of a window that has forgotten, where it must be invented.
+    """
     shared: dict[str, Any] = {"clips_per_seed": settings.long_clips_per_seed}
     budget, frames = settings.budgets[-1], (min(settings.frames),)
     quality = [
-        Job("quality", stage, full, budget, frames, steps=steps, **shared)
-        for steps in settings.quality_steps
+        Job("quality", stage, Contestant(policy, policy), budget, frames, steps=steps, **shared)
+        for policy in QUALITY_POLICIES
+        for steps in [*settings.quality_steps, *([settings.reference_steps] if is_first else [])]
     ]
     free = [
         Job("prefix_free", stage, contestant, budget, frames, **shared) for contestant in contenders

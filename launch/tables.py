@@ -124,11 +124,12 @@ def stage_table(rows: Sequence[Row], *, stages: Sequence[str], budget: int) -> s
 def quality_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Few steps against many: accuracy, pixel error, checker contrast."""
     lines = [
-        f"<tr><td>{escape(row['stage'])}</td><td>{row['steps']}</td>{accuracy_cell(row)}"
+        f"<tr><td>{escape(row['stage'])}</td>{name_cell(series_of(row))}"
+        f"<td>{row['steps']}</td>{accuracy_cell(row)}"
         f"<td>{row['pixel_error']:.4f}</td><td>{row['checker_contrast']:.2f}</td></tr>"
         for row in rows
     ]
-    head = ["student", "steps<br>per block", "right gondola", "pixel error<br>to nearest"]
+    head = ["student", "cache", "steps<br>per block", "right gondola", "pixel error<br>to nearest"]
     return table([*head, "checker contrast<br><small>1 = sharp</small>"], lines)
 
 

@@ -80,8 +80,9 @@ def made_up_results() -> dict:
                     made_up_row(series, budget=128, frames=frames, stage=stage, skill=skill)
                 )
     quality = [
-        made_up_row("full", budget=128, frames=96, stage=stage, skill=0.9) | {"steps": steps}
+        made_up_row(policy, budget=128, frames=96, stage=stage, skill=0.9) | {"steps": steps}
         for stage in ("causal_head", "distill_head")
+        for policy in ("full", "sink_window")
         for steps in (1, 2, 32)
     ]
     layers = {part: [0.3, 0.65, 0.5] for part in ("later", "within", "earlier")}
