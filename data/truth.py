@@ -174,8 +174,10 @@ def measure(
         Tensors [B, F] by name. `identity`: class seen in the lit cell. `identity_correct`: it is
         the true one, 0 or 1. `position_correct`: the lit cell is lit and the other dark, 0 or 1.
         `pixel_error`: mean squared distance of the lit cell to the nearest template.
-        `checker_contrast`: strength of the checker pattern over its true strength, 1 = perfect,
-        0 = blurred away; only where the truth is a checker. `identity_repeated`: the class is the
+        `opening_error`: mean squared distance of both cells of the opening to the nearest of all
+        templates and the empty cell, whatever the truth: blur. `checker_contrast`: strength of the
+        checker pattern over its true strength, 1 = perfect, 0 = blurred away; only where the truth
+        is a checker. `identity_repeated`: the class is the
         one seen a revolution before, from the second revolution in `frames` on.
         `background_error`: mean squared distance of the wall to the mean wall of `reference`;
         only with a reference.
@@ -215,9 +217,16 @@ def _measure_one(cells: Tensor, truth: Truth, start: int) -> dict[str, Tensor]:
         "identity_correct": (identity == true.identity.to(identity.device)).float(),
         "position_correct": (is_lit(lit) & ~is_lit(dark)).float(),
         "pixel_error": pixel_error,
+        "opening_error": (_blur(lit) + _blur(dark)) / 2,
         "checker_contrast": contrast.where(true.identity.to(lit.device) % 2 == 1, torch.nan),
         "identity_repeated": _repeated(identity, truth.period),
     }
+
+
+def _blur(cells: Tensor) -> Tensor:
+    """Mean squared distance of cells [..., 3, 16, 16] to the nearest template or to darkness."""
+    _, error = nearest_class(cells)
+    return torch.minimum(error, (cells - DARK).square().mean(dim=(-3, -2, -1)))
 
 
 def _repeated(values: Tensor, period: int) -> Tensor:

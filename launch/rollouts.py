@@ -137,6 +137,7 @@ def summarise(
         "position_error": 1 - _mean(made["position_correct"]),
         "background_drift": _mean(made["background_error"][:, -period:]),
         "pixel_error": _mean(made["pixel_error"]),
+        "opening_error": _mean(made["opening_error"]),
         "checker_contrast": _mean(made["checker_contrast"]),
     }
 

@@ -122,15 +122,17 @@ def stage_table(rows: Sequence[Row], *, stages: Sequence[str], budget: int) -> s
 
 
 def quality_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Few steps against many: accuracy, pixel error, checker contrast."""
+    """Few steps against many: accuracy and sharpness, with a whole cache and a forgetful one."""
     lines = [
         f"<tr><td>{escape(row['stage'])}</td>{name_cell(series_of(row))}"
         f"<td>{row['steps']}</td>{accuracy_cell(row)}"
-        f"<td>{row['pixel_error']:.4f}</td><td>{row['checker_contrast']:.2f}</td></tr>"
+        f"<td>{row['pixel_error']:.4f}</td><td>{row['checker_contrast']:.2f}</td>"
+        f"<td>{row['opening_error']:.4f}</td><td>{percent(row['position_error'])}</td></tr>"
         for row in rows
     ]
     head = ["student", "cache", "steps<br>per block", "right gondola", "pixel error<br>to nearest"]
-    return table([*head, "checker contrast<br><small>1 = sharp</small>"], lines)
+    head += ["checker contrast<br><small>1 = sharp</small>", "distance to any<br>clean picture"]
+    return table([*head, "no gondola<br>in place"], lines)
 
 
 def free_table(rows: Sequence[Row]) -> str:

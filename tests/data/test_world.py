@@ -87,6 +87,7 @@ def test_a_true_clip_measures_as_perfect(index):
     assert found["position_correct"].eq(1).all()
     # 8-bit rounding: at most 1/255 off on [-1, 1], squared.
     assert found["pixel_error"].max() < 2e-5
+    assert found["opening_error"].max() < 2e-5
     assert found["background_error"].max() < 1e-9
     assert found["identity_repeated"][0, :20].isnan().all()
     assert found["identity_repeated"][0, 20:].eq(1).all()
@@ -115,14 +116,18 @@ def test_measure_sees_each_kind_of_error():
     assert shifted["position_correct"].max() == 0
     empty = measure(torch.full_like(frames, DARK), [clip.truth], 0, reference=frames)
     assert empty["position_correct"].max() == 0
+    assert empty["opening_error"].max() < 1e-9  # clean, though nothing is there
     assert empty["background_error"].min() > 0.05
     flat = frames.reshape(1, 47, 3, 2, 16, 4, 16).mean(dim=(4, 6), keepdim=True)
     blurred = flat.expand(1, 47, 3, 2, 16, 4, 16).reshape(frames.shape)
     found = measure(blurred, [clip.truth], 0)
     assert found["checker_contrast"].nan_to_num().abs().max() < 1e-5
     assert found["pixel_error"].max() > 0.01
+    assert found["opening_error"].max() > 0.01
     other = replace(clip.truth, colors=tuple((c + 1) % 6 for c in clip.truth.colors))
-    assert measure(frames, [other], 0)["identity_correct"].max() == 0
+    wrong = measure(frames, [other], 0)
+    assert wrong["identity_correct"].max() == 0
+    assert wrong["opening_error"].max() < 2e-5  # another gondola is no blur
 
 
 def test_measure_keeps_videos_apart():
