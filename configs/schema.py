@@ -255,7 +255,8 @@ class EvaluateConfig:
     """Of the noise schedule: larger spends more steps at high noise."""
     sink_frames: int = 1
     recent_frames: int = 2
-    time: str = "absolute"
+    time: str = "relative"
+    """`relative` shows no lag above `max_lag`, which no training clip had; or `absolute`."""
     max_lag: int = 47
     videos: int = 2
     """Clips per policy that the report shows."""

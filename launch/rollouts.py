@@ -134,7 +134,7 @@ def summarise(
         "identity_accuracy_per_seed": _per_seed(correct, groups),
         "accuracy_per_revolution": _per_revolution(correct, period),
         "previous_revolution_accuracy": spread_over_seeds(made["identity_repeated"], groups),
-        "position_error": 1 - _mean(made["position_correct"]),
+        "position_error": _mean(1 - made["position_correct"]),
         "background_drift": _mean(made["background_error"][:, -period:]),
         "pixel_error": _mean(made["pixel_error"]),
         "opening_error": _mean(made["opening_error"]),
@@ -142,30 +142,34 @@ def summarise(
     }
 
 
-def spread_over_seeds(values: Tensor, groups: Sequence[int]) -> dict[str, float]:
+def spread_over_seeds(values: Tensor, groups: Sequence[int]) -> dict[str, float | None]:
     """Mean, and sample standard deviation over the seeds' means (0 for a single seed).
+
+    Both are None where nothing is defined, as a repetition in a clip shorter than a revolution.
 
     Args:
         values: NaN where undefined.  [N, F]
         groups: Seed of each of the N.
     """
-    means = _per_seed(values, groups)
+    means = [mean for mean in _per_seed(values, groups) if mean is not None]
+    if not means:
+        return {"mean": None, "std": None}
     std = statistics.stdev(means) if len(means) > 1 else 0.0
     return {"mean": statistics.fmean(means), "std": std}
 
 
-def _per_seed(values: Tensor, groups: Sequence[int]) -> list[float]:
+def _per_seed(values: Tensor, groups: Sequence[int]) -> list[float | None]:
     labels = torch.tensor(groups)
     return [_mean(values[labels == seed]) for seed in dict.fromkeys(groups)]
 
 
-def _per_revolution(correct: Tensor, period: int) -> list[float]:
+def _per_revolution(correct: Tensor, period: int) -> list[float | None]:
     """Accuracy of each revolution; a last one that is less than half done is left out."""
     count = max(1, math.floor(correct.shape[1] / period + 0.5))
     return [_mean(correct[:, turn * period : (turn + 1) * period]) for turn in range(count)]
 
 
-def _mean(values: Tensor) -> float:
-    """Mean of what is defined, in float64; 0 if nothing is, which only very short clips see."""
+def _mean(values: Tensor) -> float | None:
+    """Mean of what is defined, in float64; None if nothing is."""
     defined = values[~values.isnan()].double()
-    return float(defined.mean()) if defined.numel() else 0.0
+    return float(defined.mean()) if defined.numel() else None

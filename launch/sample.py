@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", type=int, required=True, help="tokens kept per layer")
     parser.add_argument("--sink-frames", type=int, default=1)
     parser.add_argument("--recent-frames", type=int, default=2)
-    parser.add_argument("--time", default="absolute", choices=("absolute", "relative"))
+    parser.add_argument("--time", default="relative", choices=("absolute", "relative"))
     parser.add_argument("--steps", type=int, help="denoising steps; the student's own by default")
     parser.add_argument("--shift", type=float, default=5.0, help="with --steps")
     parser.add_argument("--seed", type=int, default=0)

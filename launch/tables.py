@@ -16,8 +16,10 @@ def percent(share: float) -> str:
     return f"{100 * share:.0f}&nbsp;%"
 
 
-def spread(value: Mapping[str, float]) -> str:
-    """Mean and standard deviation in per cent."""
+def spread(value: Mapping[str, float | None]) -> str:
+    """Mean and standard deviation in per cent; a dash if there is none."""
+    if value["mean"] is None or value["std"] is None:
+        return "&ndash;"
     return f"{100 * value['mean']:.1f} <small>&plusmn; {100 * value['std']:.1f}</small>"
 
 
@@ -126,13 +128,17 @@ def quality_table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [
         f"<tr><td>{escape(row['stage'])}</td>{name_cell(series_of(row))}"
         f"<td>{row['steps']}</td>{accuracy_cell(row)}"
-        f"<td>{row['pixel_error']:.4f}</td><td>{row['checker_contrast']:.2f}</td>"
+        f"<td>{row['pixel_error']:.4f}</td><td>{_contrast(row['checker_contrast'])}</td>"
         f"<td>{row['opening_error']:.4f}</td><td>{percent(row['position_error'])}</td></tr>"
         for row in rows
     ]
     head = ["student", "cache", "steps<br>per block", "right gondola", "pixel error<br>to nearest"]
     head += ["checker contrast<br><small>1 = sharp</small>", "distance to any<br>clean picture"]
     return table([*head, "no gondola<br>in place"], lines)
+
+
+def _contrast(value: float | None) -> str:
+    return "&ndash;" if value is None else f"{value:.2f}"
 
 
 def free_table(rows: Sequence[Row]) -> str:
