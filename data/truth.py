@@ -253,15 +253,18 @@ def measure_self_consistency(frames: Tensor, truth: Sequence[Truth]) -> Tensor:
         truth: Only `track_row`, `opening_column` and the period are used.
 
     Returns:
-        1 where the brighter cell of the opening and the class in it are those of one revolution
-        before, 0 where not, NaN in the first revolution.  [B, F]
+        1 where exactly one cell of the opening is lit, and it and the class in it are those of one
+        revolution before; 0 where not, so that an empty wheel is not consistent; NaN in the first
+        revolution.  [B, F]
     """
     rows = []
     for video, one in zip(frames.float(), truth, strict=True):
         columns = [one.opening_column, one.opening_column + 1]
         opening = split_cells(video)[:, one.track_row, columns]  # [F, 2, 3, 16, 16]
-        side = (opening - DARK).abs().mean(dim=(2, 3, 4)).argmax(dim=1)  # [F]
+        lit = is_lit(opening)  # [F, 2]
+        side = lit.int().argmax(dim=1)  # [F]
         identity, _ = nearest_class(opening)  # [F, 2]
         seen = identity.gather(1, side[:, None])[:, 0] * 2 + side
-        rows.append(_repeated(seen, one.period))
+        repeated = _repeated(seen, one.period)
+        rows.append(torch.where(repeated.isnan(), repeated, repeated * (lit.sum(dim=1) == 1)))
     return torch.stack(rows)

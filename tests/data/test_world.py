@@ -130,6 +130,14 @@ def test_measure_sees_each_kind_of_error():
     assert wrong["opening_error"].max() < 2e-5  # another gondola is no blur
 
 
+def test_an_empty_wheel_is_not_consistent():
+    clip = render_clip(CLEAN, 2)
+    empty = torch.full_like(values(clip.frames)[None], DARK)
+    found = measure_self_consistency(empty, [clip.truth])[0]
+    assert found[:20].isnan().all()
+    assert found[20:].eq(0).all()
+
+
 def test_measure_keeps_videos_apart():
     clips = [render_clip(CLEAN, index) for index in (7, 8)]
     both = torch.stack([values(clip.frames) for clip in clips])
