@@ -7,7 +7,7 @@ from typing import Any
 from launch.claims import Claim
 from launch.figures import Row, series_of, style_of
 
-LEFT = ("stage", "policy", "student", "claim")
+LEFT = ("stage", "policy", "student", "cache", "claim")
 """Headings of columns that hold names."""
 
 
@@ -26,7 +26,8 @@ def spread(value: Mapping[str, float | None]) -> str:
 def name_cell(series: str) -> str:
     """First cell of a row: the colour of the series, and its name."""
     label = escape(style_of(series).label)
-    return f'<td><i style="background:var(--c-{series}, #888)"></i>{label}</td>'
+    dot = f'<i style="background:var(--c-{series}, #888)"></i>'
+    return f'<td style="text-align:left">{dot}{label}</td>'
 
 
 def accuracy_cell(row: Row | None) -> str:
@@ -117,8 +118,7 @@ def stage_table(rows: Sequence[Row], *, stages: Sequence[str], budget: int) -> s
             assert again is not None
             repeated = f"<td>{spread(again['previous_revolution_accuracy'])}</td>"
             cells = "".join(accuracy_cell(row) for row in here)
-            policy = name_cell(series).replace("<td>", '<td style="text-align:left">', 1)
-            lines.append(f"<tr>{first}{policy}{cells}{repeated}</tr>")
+            lines.append(f"<tr>{first}{name_cell(series)}{cells}{repeated}</tr>")
     head = ["stage", "policy", *[f"{frames} frames" for frames in lengths]]
     return table([*head, "repeats its own<br>last revolution"], lines)
 
