@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import statistics
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from configs.errors import UserError
 from configs.load import config_hash
@@ -24,9 +26,8 @@ from launch.student import Student, head_from_config, load_student
 from models.kv_cache import KVCache
 from models.salience import SalienceHead
 
-VERSION = 3
+VERSION = 4
 """Part of every job's key: raise it when a job gives other numbers than before."""
-UNTRAINED_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -99,20 +100,39 @@ class Bench:
         if steps is not None:
             student = replace(student, sampler=student.with_steps(steps, shift=settings.shift))
         if job.contestant.head == "untrained":
-            student = replace(student, head=_untrained(student))
+            student = replace(student, head=_untrained(student, 0))
         return student
+
+    def entries(self, job: Job, clips: HeldOut) -> list[tuple[Student, HeldOut]]:
+        """Who rolls out which clips; every seed has an untrained head of its own.
+
+        Untrained heads differ much, so that one of them would say little.
+        """
+        student = self.student_for(job)
+        if job.contestant.head != "untrained":
+            return [(student, clips)]
+        return [
+            (replace(student, head=_untrained(student, seed)), part)
+            for seed, part in clips.by_seed().items()
+        ]
 
     def run(self, job: Job) -> list[dict[str, Any]]:
         """The rows of a job, one per length."""
         is_tuning = job.section == "tuning"
         clips = (self.tuning_clips if is_tuning else self.clips).first(job.clips_per_seed)
-        student = self.student_for(job)
-        cache = self.new_cache(student, job, clips)
         prefix = 0 if job.section == "prefix_free" else self.config.evaluate.prefix_frames
-        rollout = roll_out(student, clips, cache, num_frames=max(job.frames), prefix_frames=prefix)
-        values = measure_rollout(student, clips, rollout)
+        parts: list[dict[str, Tensor]] = []
+        speeds: list[float] = []
+        for student, some in self.entries(job, clips):
+            cache = self.new_cache(student, job, some)
+            rollout = roll_out(
+                student, some, cache, num_frames=max(job.frames), prefix_frames=prefix
+            )
+            parts.append(measure_rollout(student, some, rollout))
+            speeds.append(rollout.frames_per_second)
+        values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         about = self.describe(job, student) | {
-            "frames_per_second": rollout.frames_per_second,
+            "frames_per_second": statistics.harmonic_mean(speeds),
             "rollout_seeds": list(dict.fromkeys(clips.groups)),
             "clips": len(clips.groups),
         }
@@ -165,11 +185,11 @@ def _frames_shown(truth: Truth) -> int:
     return truth.period // len(truth.colors)
 
 
-def _untrained(student: Student) -> SalienceHead:
-    """A head with the statistics of the trained one and fresh weights, the same in every run."""
+def _untrained(student: Student, seed: int) -> SalienceHead:
+    """A head with the statistics of the trained one and fresh weights that follow from `seed`."""
     assert student.head is not None
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(UNTRAINED_SEED)
+        torch.manual_seed(seed)
         head = head_from_config(student.export.manifest["config"])
     for name, values in student.head.named_buffers():
         head.get_buffer(name).copy_(values)

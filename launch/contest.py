@@ -1,7 +1,7 @@
 """Who competes in an evaluation, and which rollouts that takes."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from configs.errors import ConfigError
@@ -29,6 +29,7 @@ class Contestant:
         params: Its parameters, the age weight left out.
         head: `trained`, `untrained`, or nothing for a policy that needs none.
         is_scored: Whether it has an age weight, which is then tuned.
+        twin: Whose tuned age weight it takes over, so that it differs from it in one thing only.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Contestant:
     params: tuple[tuple[str, Any], ...] = ()
     head: str = ""
     is_scored: bool = False
+    twin: "Contestant | None" = None
 
     @property
     def weights(self) -> list[float] | None:
@@ -78,7 +80,8 @@ class Job:
     @property
     def tuned_by(self) -> tuple[str, str, list[float] | None, int]:
         """What the tuned age weight belongs to."""
-        return self.stage, self.contestant.name, self.contestant.weights, self.budget_tokens
+        tuned = self.contestant.twin or self.contestant
+        return self.stage, tuned.name, tuned.weights, self.budget_tokens
 
     def identity(self) -> dict[str, Any]:
         """Plain values that tell it from every other job."""
@@ -113,10 +116,11 @@ def _weightings(policy: str, names: set[str], settings: EvaluateConfig) -> Seque
 
 def _sanity_checks(settings: EvaluateConfig) -> list[Contestant]:
     first = tuple(settings.weights[0])
-    inverted = tuple(-weight for weight in first)
+    trained = Contestant("salience", "salience", (("weights", first),), "trained", True)
+    inverted = (("weights", tuple(-weight for weight in first)),)
     return [
-        Contestant("untrained_head", "salience", (("weights", first),), "untrained", True),
-        Contestant("inverted_head", "salience", (("weights", inverted),), "trained", True),
+        replace(trained, name="untrained_head", head="untrained", twin=trained),
+        replace(trained, name="inverted_head", params=inverted, twin=trained),
     ]
 
 
@@ -209,7 +213,8 @@ def _other_jobs(
 
 
 def _tuning_of(job: Job) -> Job:
-    return Job("tuning", job.stage, job.contestant, job.budget_tokens, ())
+    contestant = job.contestant.twin or job.contestant
+    return Job("tuning", job.stage, contestant, job.budget_tokens, ())
 
 
 def _tuning_jobs(settings: EvaluateConfig, job: Job) -> list[Job]:

@@ -44,12 +44,22 @@ class HeldOut:
             taken[group] = taken.get(group, 0) + 1
             if taken[group] <= per_seed:
                 chosen.append(index)
+        return self._choose(chosen)
+
+    def by_seed(self) -> "dict[int, HeldOut]":
+        """The clips of each seed."""
+        return {
+            seed: self._choose([i for i, group in enumerate(self.groups) if group == seed])
+            for seed in dict.fromkeys(self.groups)
+        }
+
+    def _choose(self, indices: list[int]) -> "HeldOut":
         return HeldOut(
-            latents=self.latents[chosen],
-            text=self.text[chosen],
-            truth=[self.truth[index] for index in chosen],
-            noise_seeds=self.noise_seeds[chosen],
-            groups=[self.groups[index] for index in chosen],
+            latents=self.latents[indices],
+            text=self.text[indices],
+            truth=[self.truth[index] for index in indices],
+            noise_seeds=self.noise_seeds[indices],
+            groups=[self.groups[index] for index in indices],
         )
 
     def to(self, device: torch.device | str) -> "HeldOut":

@@ -119,7 +119,8 @@ The dashed line keeps everything.</figcaption></figure>
 </figcaption></figure></div>
 <div class="card" style="margin-top:20px"><h3>All policies</h3>{tables.policy_table(rows)}
 <p class="note" style="margin-top:12px">Accuracy in per cent. The other columns are at the largest
-budget. The age weight of every scored policy was chosen from the same grid on clips of its own.</p>
+budget. The age weight of every scored policy was chosen from the same grid on clips of its own;
+the untrained and the inverted head take that of the trained one.</p>
 </div></section>"""
 
 

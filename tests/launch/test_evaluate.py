@@ -274,6 +274,21 @@ def test_untrained_head_keeps_the_statistics_but_not_the_weights(
     assert torch.equal(fresh.layers[0].up.weight, again.layers[0].up.weight)
 
 
+def test_every_seed_has_an_untrained_head_of_its_own(
+    run: Path, config: RunConfig, ckpts: list[Path]
+):
+    bench = load_bench(config, ckpts, run / "evaluate" / "clips")
+    contestant = Contestant("untrained_head", "salience", (), "untrained", True)
+    job = Job("policies", "head", contestant, 32, (12,), age_weight=0.0)
+    entries = bench.entries(job, bench.clips)
+    assert [part.groups for _, part in entries] == [[3, 3], [5, 5]]
+    assert torch.equal(torch.cat([part.latents for _, part in entries]), bench.clips.latents)
+    first, second = (student.head.layers[0].up.weight for student, _ in entries)
+    assert not torch.equal(first, second)
+    trained = Contestant("salience", "salience", (), "trained", True)
+    assert len(bench.entries(replace(job, contestant=trained), bench.clips)) == 1
+
+
 def test_age_weight_of_highest_accuracy_wins_and_the_first_of_equals():
     contestant = Contestant(
         "salience", "salience", (("weights", (1.0, 0.0, 0.0)),), "trained", True
@@ -292,14 +307,13 @@ def test_every_scored_policy_is_tuned_on_the_same_grid():
     settings = EvaluateConfig()
     jobs = plan_jobs(settings, has_head={"causal": True})
     scored = [c for c in contestants(settings, has_head=True) if c.is_scored]
-    assert {c.name for c in scored} == {
-        "attention_mass",
-        "position_prior",
-        "salience",
-        "untrained_head",
-        "inverted_head",
-    }
-    for contestant in scored:
+    own = [contestant for contestant in scored if contestant.twin is None]
+    assert {c.name for c in own} == {"attention_mass", "position_prior", "salience"}
+    checks = [contestant for contestant in scored if contestant.twin is not None]
+    assert {c.name for c in checks} == {"untrained_head", "inverted_head"}
+    assert all(contestant.twin in own for contestant in checks)
+    assert not any(job.section == "tuning" and job.contestant in checks for job in jobs)
+    for contestant in own:
         for budget in settings.budgets:
             grid = [
                 job.age_weight
