@@ -169,7 +169,7 @@ def _claims(material: Material) -> str:
     claims = claims_of(material.results)
     held = sum(claim.holds for claim in claims)
     return f"""<section><h2>What was asked of this run</h2>
-<p>{held} of {len(claims)} claims hold. The bounds were set before the run; accuracies are
+<p>{held} of {len(claims)} claims hold. The bounds are fixed in launch/claims.py; accuracies are
 fractions.</p>
 <div class="card">{tables.claim_table(claims)}</div></section>"""
 
