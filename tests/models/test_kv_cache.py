@@ -8,25 +8,14 @@ from models.kv_policy import POLICIES, build_policy, hash_uniform
 from models.rollout import NoiseSource, Sampler, generate_blocks, make_cache, recache, refresh
 from models.salience import SalienceHead
 from models.transformer import VideoTransformer
+from tests.models.small import random_transformer
 
 SINK, RECENT, BLOCK, PLACES = 1, 2, 2, 6
 SAMPLER = Sampler([1.0, 0.5, 0.0])
 
 
 def student(dtype=torch.float32) -> VideoTransformer:
-    torch.manual_seed(0)
-    network = VideoTransformer(
-        num_layers=2,
-        num_heads=2,
-        head_dim=12,
-        ffn_dim=32,
-        freq_dim=16,
-        text_dim=8,
-        patch_size=(1, 1, 1),
-    )
-    for parameter in network.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return network.eval().to(dtype)
+    return random_transformer().to(dtype)
 
 
 def head() -> SalienceHead:

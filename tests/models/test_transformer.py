@@ -16,6 +16,7 @@ from models.kv_cache import CacheSpec
 from models.kv_policy import build_policy
 from models.rollout import Sampler, make_cache
 from models.transformer import VideoTransformer
+from tests.models.small import random_transformer
 
 SIZES = {"num_layers": 2, "num_heads": 2, "head_dim": 12, "ffn_dim": 48, "freq_dim": 32}
 RENAMES = (  # ours, which are Wan's native names, to diffusers'; order matters
@@ -46,11 +47,7 @@ def diffusers_name(name: str) -> str:
 
 
 def make(**changes) -> VideoTransformer:
-    torch.manual_seed(0)
-    network = VideoTransformer(**(SIZES | {"text_dim": 20, "patch_size": (1, 1, 1)} | changes))
-    for parameter in network.parameters():  # the output layer starts at zero: nothing to compare
-        torch.nn.init.normal_(parameter, std=0.2)
-    return network.eval()
+    return random_transformer(**(SIZES | {"text_dim": 20} | changes))
 
 
 @pytest.mark.parametrize(("frames", "height", "width"), [(1, 4, 6), (5, 8, 12), (3, 2, 2)])

@@ -8,7 +8,7 @@ import torch
 from configs.schema import OptimConfig, StageConfig
 from data.datamodule import LatentBatch
 from models.salience import SalienceHead
-from models.transformer import VideoTransformer
+from tests.models.small import small_transformer
 from train.causal import Causal, CausalParams, random_visibility
 from train.distill import Distill, DistillParams
 from train.engine import build_single_engines
@@ -17,21 +17,6 @@ from train.streaming import Streaming, StreamingParams
 from train.teacher import Teacher, TeacherParams
 
 FRAMES, PLACES = 12, 6
-
-
-def network(seed: int = 0) -> VideoTransformer:
-    torch.manual_seed(seed)
-    made = VideoTransformer(
-        num_layers=2,
-        num_heads=2,
-        head_dim=12,
-        ffn_dim=32,
-        freq_dim=16,
-        text_dim=8,
-        patch_size=(1, 1, 1),
-    )
-    torch.nn.init.normal_(made.head.head.weight, std=0.1)
-    return made
 
 
 def batch(size: int = 2, first_seed: int = 10) -> LatentBatch:
@@ -70,8 +55,8 @@ def build(cls, params, trained, frozen=None, *, lr=1e-3, accumulate=1):
 
 def distill(lr: float = 1e-3, **params) -> Distill:
     settings = DistillParams(prefix_frames=[4], budgets=[30], student_every=1, **params)
-    trained = {"student": network(0), "critic": network(1)}
-    return build(Distill, settings, trained, {"teacher": network(2)}, lr=lr)
+    trained = {"student": small_transformer(0), "critic": small_transformer(1)}
+    return build(Distill, settings, trained, {"teacher": small_transformer(2)}, lr=lr)
 
 
 def streaming(**params) -> Streaming:
@@ -79,8 +64,8 @@ def streaming(**params) -> Streaming:
         budget_tokens=30, prefix_frames=4, chunk_frames=4, stream_frames=16, **params
     )
     head = SalienceHead(num_layers=2, width=24, hidden=8, grid=(2, 3))
-    trained = {"student": network(0), "critic": network(1)}
-    return build(Streaming, settings, trained, {"teacher": network(2), "head": head})
+    trained = {"student": small_transformer(0), "critic": small_transformer(1)}
+    return build(Streaming, settings, trained, {"teacher": small_transformer(2), "head": head})
 
 
 def weights_of(module) -> dict[str, torch.Tensor]:
@@ -92,7 +77,7 @@ def changed(module, before) -> bool:
 
 
 def test_in_causal_the_loss_of_a_block_reaches_the_clean_tokens_before_it():
-    student = network()
+    student = small_transformer()
     stage = build(Causal, CausalParams(evict=False), {"student": student})
     seen = []
     student.patch_embedding.register_forward_hook(lambda module, args, out: seen.append(out))
@@ -171,7 +156,7 @@ def test_a_prompt_switch_rebuilds_the_past_under_the_next_prompt():
 
 def test_the_head_learns_and_the_student_does_not_move():
     head = SalienceHead(num_layers=2, width=24, hidden=8, grid=(2, 3))
-    frozen = {"teacher": network(2), "student": network(0)}
+    frozen = {"teacher": small_transformer(2), "student": small_transformer(0)}
     stage = build(
         SalienceStage, SalienceParams(statistics_steps=2), {"head": head}, frozen, lr=1e-2
     )
@@ -195,27 +180,29 @@ def test_accumulated_micro_batches_give_the_gradient_of_the_whole_batch(cls):
     name = {Teacher: "teacher", Causal: "student"}[cls]
     norms = []
     for accumulate in (1, 2):
-        stage = build(cls, params, {name: network()}, accumulate=accumulate)
+        stage = build(cls, params, {name: small_transformer()}, accumulate=accumulate)
         norms.append(stage.update(batch(size=4), 0)[f"grad_norm/{name}"])
     # The same mean in another order of summation.
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
 def test_a_clean_prefix_is_whole_blocks_and_never_the_whole_video():
-    stage = build(Teacher, TeacherParams(clean_prefix=1.0), {"teacher": network()})
+    stage = build(Teacher, TeacherParams(clean_prefix=1.0), {"teacher": small_transformer()})
     sigma = stage.sigma(torch.arange(300), FRAMES)
     lengths = (sigma == 0).sum(dim=1)
     assert set(lengths.tolist()) == {0, 2, 4, 6, 8, 10}
     for row, length in zip(sigma, lengths.tolist(), strict=True):
         assert (row[:length] == 0).all()
         assert (row[length:] == row[-1]).all()
-    uniform = build(Teacher, TeacherParams(), {"teacher": network()}).sigma(torch.arange(5), FRAMES)
+    uniform = build(Teacher, TeacherParams(), {"teacher": small_transformer()}).sigma(
+        torch.arange(5), FRAMES
+    )
     assert (uniform == uniform[:, :1]).all()
     assert (uniform > 0).all()
 
 
 def test_blocks_with_noise_levels_of_their_own_are_clean_by_half():
-    stage = build(Teacher, TeacherParams(block_noise=1.0), {"teacher": network()})
+    stage = build(Teacher, TeacherParams(block_noise=1.0), {"teacher": small_transformer()})
     sigma = stage.sigma(torch.arange(300), FRAMES)
     blocks = sigma.unflatten(1, (-1, 2))
     assert (blocks[..., 0] == blocks[..., 1]).all()
@@ -226,7 +213,9 @@ def test_blocks_with_noise_levels_of_their_own_are_clean_by_half():
 
 def test_shares_of_the_teachers_samples_are_exclusive():
     params = TeacherParams(clean_prefix=0.4, block_noise=0.4)
-    sigma = build(Teacher, params, {"teacher": network()}).sigma(torch.arange(2000), FRAMES)
+    sigma = build(Teacher, params, {"teacher": small_transformer()}).sigma(
+        torch.arange(2000), FRAMES
+    )
     levels = torch.tensor([row[row > 0].unique().numel() for row in sigma])
     assert 0.3 < (levels > 1).float().mean() < 0.4  # by block, unless one noisy block is left
     assert (sigma == sigma[:, :1]).all(dim=1).float().mean() > 0.2
