@@ -23,6 +23,9 @@ DARK = -0.8
 """Value of an empty opening, in all three colours, on the scale [-1, 1]."""
 LIT_THRESHOLD = 0.14
 """Mean distance from `DARK` above which a cell is lit; the faintest checker has 0.27."""
+CRISP_LIMIT = 0.026
+"""Mean squared distance to a clean picture up to which a cell is crisp: half of what the faintest
+checker is off when its pattern is blurred away."""
 COLOR_NAMES = ("red", "green", "blue", "yellow", "cyan", "magenta")
 PALETTE = 0.8 * torch.tensor(
     [[1, -1, -1], [-1, 1, -1], [-1, -1, 1], [1, 1, -1], [-1, 1, 1], [1, -1, 1]],
@@ -174,10 +177,10 @@ def measure(
         Tensors [B, F] by name. `identity`: class seen in the lit cell. `identity_correct`: it is
         the true one, 0 or 1. `position_correct`: the lit cell is lit and the other dark, 0 or 1.
         `pixel_error`: mean squared distance of the lit cell to the nearest template.
-        `opening_error`: mean squared distance of both cells of the opening to the nearest of all
-        templates and the empty cell, whatever the truth: blur. `checker_contrast`: strength of the
-        checker pattern over its true strength, 1 = perfect, 0 = blurred away; only where the truth
-        is a checker. `identity_repeated`: the class is the
+        `crisp`: the lit cell is a clean picture of some gondola, the right one or not, and the
+        other cell is clean and empty, 0 or 1 (see `CRISP_LIMIT`). `checker_contrast`: strength of
+        the checker pattern over its true strength, 1 = perfect, 0 = blurred away; only where the
+        truth is a checker. `identity_repeated`: the class is the
         one seen a revolution before, from the second revolution in `frames` on.
         `background_error`: mean squared distance of the wall to the mean wall of `reference`;
         only with a reference.
@@ -209,6 +212,7 @@ def _measure_one(cells: Tensor, truth: Truth, start: int) -> dict[str, Tensor]:
     lit = cells[number, true.lit[:, 0], true.lit[:, 1]]  # [F, 3, 16, 16]
     dark = cells[number, true.dark[:, 0], true.dark[:, 1]]  # [F, 3, 16, 16]
     identity, pixel_error = nearest_class(lit)
+    darkness_error = (dark - DARK).square().mean(dim=(1, 2, 3))
     strength = (PALETTE[true.identity // 2] - DARK)[:, :, None, None] / 2  # [F, 3, 1, 1]
     pattern = (strength * checker_pattern()).to(lit)  # [F, 3, 16, 16]
     contrast = (lit * pattern).sum(dim=(1, 2, 3)) / pattern.square().sum(dim=(1, 2, 3))
@@ -217,16 +221,10 @@ def _measure_one(cells: Tensor, truth: Truth, start: int) -> dict[str, Tensor]:
         "identity_correct": (identity == true.identity.to(identity.device)).float(),
         "position_correct": (is_lit(lit) & ~is_lit(dark)).float(),
         "pixel_error": pixel_error,
-        "opening_error": (_blur(lit) + _blur(dark)) / 2,
+        "crisp": ((pixel_error < CRISP_LIMIT) & (darkness_error < CRISP_LIMIT)).float(),
         "checker_contrast": contrast.where(true.identity.to(lit.device) % 2 == 1, torch.nan),
         "identity_repeated": _repeated(identity, truth.period),
     }
-
-
-def _blur(cells: Tensor) -> Tensor:
-    """Mean squared distance of cells [..., 3, 16, 16] to the nearest template or to darkness."""
-    _, error = nearest_class(cells)
-    return torch.minimum(error, (cells - DARK).square().mean(dim=(-3, -2, -1)))
 
 
 def _repeated(values: Tensor, period: int) -> Tensor:

@@ -26,7 +26,7 @@ from launch.student import Student, head_from_config, load_student
 from models.kv_cache import KVCache
 from models.salience import SalienceHead
 
-VERSION = 4
+VERSION = 5
 """Part of every job's key: raise it when a job gives other numbers than before."""
 
 

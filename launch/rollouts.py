@@ -137,7 +137,7 @@ def summarise(
         "position_error": _mean(1 - made["position_correct"]),
         "background_drift": _mean(made["background_error"][:, -period:]),
         "pixel_error": _mean(made["pixel_error"]),
-        "opening_error": _mean(made["opening_error"]),
+        "crisp_share": spread_over_seeds(made["crisp"], groups),
         "checker_contrast": _mean(made["checker_contrast"]),
     }
 

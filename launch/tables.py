@@ -129,12 +129,12 @@ def quality_table(rows: Sequence[Mapping[str, Any]]) -> str:
         f"<tr><td>{escape(row['stage'])}</td>{name_cell(series_of(row))}"
         f"<td>{row['steps']}</td>{accuracy_cell(row)}"
         f"<td>{row['pixel_error']:.4f}</td><td>{_contrast(row['checker_contrast'])}</td>"
-        f"<td>{row['opening_error']:.4f}</td><td>{percent(row['position_error'])}</td></tr>"
+        f"<td>{spread(row['crisp_share'])}</td></tr>"
         for row in rows
     ]
     head = ["student", "cache", "steps<br>per block", "right gondola", "pixel error<br>to nearest"]
-    head += ["checker contrast<br><small>1 = sharp</small>", "distance to any<br>clean picture"]
-    return table([*head, "no gondola<br>in place"], lines)
+    head += ["checker contrast<br><small>1 = sharp</small>", "crisp gondola,<br>any, in place"]
+    return table(head, lines)
 
 
 def _contrast(value: float | None) -> str:

@@ -25,7 +25,7 @@ from train.losses import (
     flow_matching_loss,
     guided,
 )
-from train.randomness import derive_seeds, sample_noise, sample_uniform, step_integer
+from train.randomness import derive_seeds, sample_noise, sample_uniform, step_choice, step_integer
 from train.stage import Stage
 
 
@@ -60,10 +60,13 @@ class DistillParams(DistributionMatchingParams):
     """Settings of the stage, besides those it shares with `streaming`.
 
     Attributes:
-        prefix_frames: True frames that a rollout continues; one entry is drawn per step.
+        windows: Lengths in frames, one drawn per step, to which clips are cut; empty = never cut.
+        prefix_frames: True frames that a rollout continues; one of those that are shorter than the
+            window is drawn per step.
         budgets: Tokens per layer during rollouts, under random eviction; one is drawn per step.
     """
 
+    windows: list[int] = field(default_factory=list)
     prefix_frames: list[int] = field(default_factory=lambda: [24])
     budgets: list[int] = field(default_factory=lambda: [128])
 
@@ -196,16 +199,22 @@ class Distill(DistributionMatching):
         require_blocks(f"{key}.params.prefix_frames", params.prefix_frames, block, least=0)
         for frames in params.prefix_frames:
             require_range(f"{key}.params.prefix_frames", frames, 0, config.frames - block)
+        require_blocks(f"{key}.params.windows", params.windows, block)
+        for frames in params.windows:
+            shortest = min(params.prefix_frames) + block
+            require_range(f"{key}.params.windows", frames, shortest, config.frames)
 
     def rollout(self, batch: LatentBatch, step: int, *, grad: bool) -> tuple[Tensor, Tensor]:
         """A window of true prefix and generated frames, and the mask of the generated ones."""
         params = self.params
-        prefix_frames = self.pick(params.prefix_frames, step, "prefix")
+        num_frames = batch.latents.shape[1]
+        prefixes = [frames for frames in params.prefix_frames if frames < num_frames]
+        prefix_frames = step_choice(prefixes, self.seed, step, "prefix")
         seeds = derive_seeds(batch.seeds, "rollout")
         cache = make_cache(
             self.engine("student").module,
             spec=CacheSpec(
-                budget_tokens=self.pick(params.budgets, step, "budget"),
+                budget_tokens=step_choice(params.budgets, self.seed, step, "budget"),
                 tokens_per_frame=self.frame_seq_len,
                 frames_per_block=self.frames_per_block,
                 sink_frames=params.sink_frames,
@@ -222,7 +231,7 @@ class Distill(DistributionMatching):
             cache,
             batch.text,
             NoiseSource(seeds),
-            num_frames=batch.latents.shape[1] - prefix_frames,
+            num_frames=num_frames - prefix_frames,
             latent_shape=tuple(batch.latents.shape[2:]),
             step=step,
             grad=grad,
@@ -230,13 +239,9 @@ class Distill(DistributionMatching):
         window = torch.cat([prefix, generated], dim=1)
         return window, torch.arange(window.shape[1], device=window.device) >= prefix_frames
 
-    def pick(self, choices: list[int], step: int, tag: str) -> int:
-        """One of the choices, the same on every rank."""
-        return choices[step_integer(self.seed, step, tag, high=len(choices))]
-
     def update(self, batch: LatentBatch, step: int) -> dict[str, Tensor | float]:
         """A critic step on fresh rollouts, preceded by a student step on the same ones when due."""
-        parts = self.micro_batches(batch)
+        parts = self.micro_batches(self.in_windows(batch, self.params.windows, step))
         windows: list[tuple[Tensor, Tensor]] = []
         metrics: dict[str, Tensor | float] = {}
 

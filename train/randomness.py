@@ -78,6 +78,11 @@ def step_integer(seed: int, step: int, tag: str, *, high: int) -> int:
     return int(torch.randint(high, (), generator=step_generator(seed, step, tag)))
 
 
+def step_choice(choices: Sequence[int], seed: int, step: int, tag: str) -> int:
+    """One of `choices` that all ranks draw alike at a step of a stage."""
+    return choices[step_integer(seed, step, tag, high=len(choices))]
+
+
 GENERATORS = ("torch", "cuda", "numpy")
 """Global generators of a process whose states are tensors; Python's own is plain numbers."""
 

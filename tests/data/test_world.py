@@ -11,6 +11,7 @@ from data.codec import build_codec
 from data.text import build_text
 from data.truth import (
     COLOR_NAMES,
+    CRISP_LIMIT,
     DARK,
     PALETTE,
     checker_pattern,
@@ -87,7 +88,7 @@ def test_a_true_clip_measures_as_perfect(index):
     assert found["position_correct"].eq(1).all()
     # 8-bit rounding: at most 1/255 off on [-1, 1], squared.
     assert found["pixel_error"].max() < 2e-5
-    assert found["opening_error"].max() < 2e-5
+    assert found["crisp"].eq(1).all()
     assert found["background_error"].max() < 1e-9
     assert found["identity_repeated"][0, :20].isnan().all()
     assert found["identity_repeated"][0, 20:].eq(1).all()
@@ -116,18 +117,26 @@ def test_measure_sees_each_kind_of_error():
     assert shifted["position_correct"].max() == 0
     empty = measure(torch.full_like(frames, DARK), [clip.truth], 0, reference=frames)
     assert empty["position_correct"].max() == 0
-    assert empty["opening_error"].max() < 1e-9  # clean, though nothing is there
+    assert empty["crisp"].max() == 0  # clean, but nothing is there
     assert empty["background_error"].min() > 0.05
     flat = frames.reshape(1, 47, 3, 2, 16, 4, 16).mean(dim=(4, 6), keepdim=True)
     blurred = flat.expand(1, 47, 3, 2, 16, 4, 16).reshape(frames.shape)
     found = measure(blurred, [clip.truth], 0)
     assert found["checker_contrast"].nan_to_num().abs().max() < 1e-5
     assert found["pixel_error"].max() > 0.01
-    assert found["opening_error"].max() > 0.01
+    is_checker = truth_at(clip.truth, range(47)).identity % 2 == 1
+    torch.testing.assert_close(found["crisp"][0], (~is_checker).float())  # solid ones have no edges
     other = replace(clip.truth, colors=tuple((c + 1) % 6 for c in clip.truth.colors))
     wrong = measure(frames, [other], 0)
     assert wrong["identity_correct"].max() == 0
-    assert wrong["opening_error"].max() < 2e-5  # another gondola is no blur
+    assert wrong["crisp"].eq(1).all()  # another gondola is no blur
+
+
+def test_the_limit_of_crispness_is_half_a_blurred_checker():
+    checkers = templates()[1::2]
+    blurred = checkers.mean(dim=(2, 3), keepdim=True)
+    faintest = (checkers - blurred).square().mean(dim=(1, 2, 3)).min()
+    assert 0.9 * faintest / 2 < CRISP_LIMIT <= faintest / 2
 
 
 def test_an_empty_wheel_is_not_consistent():

@@ -59,7 +59,7 @@ def made_up_row(series: str, *, budget: int, frames: int, stage: str, skill: flo
         "position_error": 0.1,
         "background_drift": 0.02,
         "pixel_error": 0.01,
-        "opening_error": 0.01,
+        "crisp_share": {"mean": 0.5, "std": 0.02},
         "checker_contrast": 0.9,
         "kv_bytes": held * 3 * 2 * 64 * 4,
         "frames_per_second": 700.0,
