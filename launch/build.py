@@ -48,13 +48,23 @@ def token_grid(config: RunConfig) -> tuple[int, int]:
     return rows, columns
 
 
-def network_config(config: RunConfig, *, head_log: bool) -> dict[str, Any]:
-    """What an export says about its networks, enough to build them again."""
+def network_config(
+    config: RunConfig, *, log: bool = False, per_block: bool = False
+) -> dict[str, Any]:
+    """What an export says about its networks, enough to build them again.
+
+    Args:
+        config: Of the run.
+        log: As in `train.salience.SalienceParams`.
+        per_block: The same.
+    """
+    rows, columns = token_grid(config)
     return {
         "model": to_dict(config.model),
         "head": to_dict(config.head),
-        "head_log": head_log,
-        "grid": list(token_grid(config)),
+        "head_log": log,
+        "head_block_len": config.model.frames_per_block * rows * columns if per_block else 0,
+        "grid": [rows, columns],
     }
 
 
@@ -125,7 +135,8 @@ def _build_network(
     params = config.stages[stage_name].params
     with torch.random.fork_rng():
         torch.manual_seed(derive_seed(stage_seed(config, stage_name), "weights", name))
-        fresh = network_config(config, head_log=bool(params.get("log", False)))
+        targets = {key: bool(params.get(key, False)) for key in ("log", "per_block")}
+        fresh = network_config(config, **targets)
         network = _new_network(name, fresh)
     if not sources:
         return network
@@ -231,7 +242,11 @@ def export_manifest(
         "steps": stage.completed,
         "sampler": None if sampler is None else {"sigmas": sampler[0], "renoise": sampler[1]},
         "config": {
-            **network_config(config, head_log=bool(heads and heads[0].log)),
+            **network_config(
+                config,
+                log=any(head.log for head in heads),
+                per_block=any(head.block_len for head in heads),
+            ),
             "codec": to_dict(config.codec),
             "text": to_dict(config.text),
             "size": list(config.source.size),

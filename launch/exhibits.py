@@ -1,7 +1,8 @@
 """What the report shows besides numbers: videos, what is kept, salience on frames."""
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,13 @@ from launch.student import transformer_from_config
 from models.attention import block_causal_mask
 from models.flow import add_noise
 from models.kv_cache import KVCache
-from models.salience import PARTS, head_scores, mask_short_future, salience_targets
+from models.salience import (
+    PARTS,
+    SalienceHead,
+    head_scores,
+    mask_short_future,
+    salience_targets,
+)
 from models.transformer import VideoTransformer
 from train.randomness import sample_noise
 from train.salience import SalienceParams
@@ -157,14 +164,18 @@ def examine_heads(bench: Bench, path: Path) -> dict[str, Any]:
         path: Gets frames and salience, as `launch.material.Material` describes.
 
     Returns:
-        `spearman` and `recall_at_budget`: stage to part to a value per layer; `budget_share`.
+        `spearman` and `recall_at_budget`: stage to part to a value per layer; `target_by_frame`:
+        stage to part to the mean standardised target of each frame, None where no key of the frame
+        has one; `budget_share`.
     """
-    result: dict[str, Any] = {"spearman": {}, "recall_at_budget": {}}
+    result: dict[str, Any] = {"spearman": {}, "recall_at_budget": {}, "target_by_frame": {}}
     pictures: dict[str, NDArray[Any]] = _clip_pictures(bench)
     for stage, student in bench.students.items():
         plan = bench.config.stages.get(student.export.manifest["stage"])
         if plan is None or plan.kind != "salience" or "teacher" not in plan.inputs:
             continue
+        head = student.head
+        assert head is not None, "a salience stage exports a head"
         key = f"stages.{stage}.params"
         params: SalienceParams = parse_section(SalienceParams, plan.params, key=key)
         teacher = _load_teacher(input_paths(bench.config, plan)["teacher"])
@@ -172,11 +183,14 @@ def examine_heads(bench: Bench, path: Path) -> dict[str, Any]:
         clips = bench.clips
         latents, text = clips.latents[:, :frames], clips.text
         block_len = student.frames_per_block * student.frame_seq_len
-        targets = _targets(teacher.to(latents.device), latents, clips, params, block_len)
-        predicted = _predictions(student.network, student.head, latents, text, block_len)
+        found = _targets(teacher.to(latents.device), latents, clips, params, block_len)
+        targets = [head.standardise(layer, target) for layer, target in enumerate(found)]
+        predicted = _predictions(student.network, head, latents, text, block_len)
         scores = [
             head_scores(p, t, params.budget_share) for p, t in zip(predicted, targets, strict=True)
         ]
+        by_frame = _means_by_frame(targets, student.frame_seq_len)
+        result["target_by_frame"][stage] = dict(zip(PARTS, by_frame, strict=True))
         for number, part in enumerate(PARTS):
             for name, field in (("spearman", "spearman"), ("recall_at_budget", "recall")):
                 values = [getattr(layer[number], field) for layer in scores]
@@ -187,6 +201,13 @@ def examine_heads(bench: Bench, path: Path) -> dict[str, Any]:
             pictures |= _salience_pictures(bench, predicted[layer], targets[layer], layer)
     write_atomically(path, save(pictures))
     return result if "budget_share" in result else {}
+
+
+def _means_by_frame(targets: Sequence[Tensor], frame_seq_len: int) -> list[list[float | None]]:
+    """Mean over layers, clips and places, of every part and frame; targets [N, S, 3] per layer."""
+    frames = torch.stack(list(targets)).unflatten(2, (-1, frame_seq_len))  # [L, N, F, P, 3]
+    means = frames.nanmean(dim=(0, 1, 3)).T.tolist()
+    return [[None if math.isnan(mean) else mean for mean in part] for part in means]
 
 
 def _clip_pictures(bench: Bench) -> dict[str, NDArray[Any]]:
@@ -249,7 +270,7 @@ def _targets(
 
 
 def _predictions(
-    network: VideoTransformer, head: Any, latents: Tensor, text: Tensor, block_len: int
+    network: VideoTransformer, head: SalienceHead, latents: Tensor, text: Tensor, block_len: int
 ) -> list[Tensor]:
     """What the head says in a clean block-causal pass, per layer.  [N, S, 3]."""
     rows, columns = network.token_grid(latents)

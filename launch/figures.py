@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 Row = Mapping[str, Any]
 """One entry of `policies` in results.json."""
 
+LOSS = "loss/"
+"""Begins the name of every loss in metrics.jsonl."""
 INK, FAINT = "#3d4451", "#c9ccd3"
 
 
@@ -180,7 +182,7 @@ def shares_by_age(share: NDArray[Any], frames_per_block: int, max_age: int) -> N
 
 def loss_curves(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
     """Every loss of one stage over its steps; None if it logged none."""
-    names = sorted({key for row in rows for key in row if key == "loss" or key.endswith("_loss")})
+    names = sorted({key for row in rows for key in row if key.startswith(LOSS)})
     if not names:
         return None
     figure, axes = _axes(3.0, 1.9)
@@ -188,13 +190,29 @@ def loss_curves(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
     for number, name in enumerate(names):
         points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         style = style_of(palette[number % len(palette)])
-        axes.plot(*zip(*points, strict=True), color=style.light, linewidth=1.4, label=name)
+        axes.plot(
+            *zip(*points, strict=True), color=style.light, linewidth=1.4, label=name[len(LOSS) :]
+        )
     axes.set_xlabel("step", loc="left")
     axes.set_ylim(bottom=0)
     if len(names) > 1:
         axes.legend(frameon=False, fontsize=8, labelcolor=INK, ncols=2, handlelength=1.2)
     else:
-        axes.set_title(names[0].replace("_", " "), loc="left", fontsize=8.5, color=INK)
+        axes.set_title(f"loss of the {names[0][len(LOSS) :]}", loc="left", fontsize=8.5, color=INK)
+    return figure
+
+
+def target_over_frames(parts: Mapping[str, Sequence[float | None]]) -> Figure:
+    """Mean standardised target of each part over the frame index; gaps where there is none."""
+    figure, axes = _axes(3.0, 1.9)
+    for (part, means), name in zip(
+        parts.items(), ("salience", "sink_window", "attention_mass"), strict=True
+    ):
+        values = np.array(means, dtype=np.float64)  # None becomes NaN
+        axes.plot(values, color=style_of(name).light, linewidth=1.4, label=part)
+    axes.axhline(0, color=FAINT, linewidth=0.8)
+    axes.set_xlabel("frame of the clip", loc="left")
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK, ncols=3, handlelength=1.2)
     return figure
 
 

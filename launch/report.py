@@ -20,6 +20,7 @@ from launch.figures import (
     accuracy_per_revolution,
     loss_curves,
     series_of,
+    target_over_frames,
     to_png,
     to_svg,
 )
@@ -179,8 +180,11 @@ def _training(material: Material) -> str:
     cards = ""
     for stage in head.get("spearman", {}):
         scores = {name: head[name][stage] for name in ("spearman", "recall_at_budget")}
+        svg = to_svg(target_over_frames(head["target_by_frame"][stage]), name=f"target-{stage}")
         cards += f"""<figure class="card"><h3>The head of &ldquo;{escape(stage)}&rdquo;</h3>
-{tables.head_table(scores)}</figure>"""
+{tables.head_table(scores)}{svg}
+<figcaption>Mean of what it learns, in standard deviations: what depends on when a frame came.
+</figcaption></figure>"""
     curves = ""
     for stage, rows in material.metrics.items():
         chart = loss_curves(rows)

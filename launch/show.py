@@ -36,7 +36,7 @@ def cache_bytes(config: RunConfig, tokens: int) -> int:
 
 def _parameters(config: RunConfig) -> Iterator[tuple[str, int]]:
     with torch.device("meta"):
-        sizes = network_config(config, head_log=False)
+        sizes = network_config(config)
         networks = {
             "transformer": transformer_from_config(sizes["model"]),
             "head": head_from_config(sizes),

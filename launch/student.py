@@ -112,6 +112,7 @@ def head_from_config(config: dict[str, Any]) -> SalienceHead:
         hidden=config["head"]["hidden"],
         grid=(config["grid"][0], config["grid"][1]),
         log=config["head_log"],
+        block_len=config["head_block_len"],
     )
 
 

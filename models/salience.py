@@ -80,6 +80,21 @@ def mask_short_future(targets: Tensor, block_len: int, horizon: int) -> Tensor:
     return targets
 
 
+def standardise_blocks(targets: Tensor, block_len: int) -> Tensor:
+    """Targets less the mean of their block, over its standard deviation, for each part.
+
+    What remains tells the tokens of a block apart and no longer depends on where the block stands.
+
+    Args:
+        targets: NaN where undefined.  [..., S, 3]
+        block_len: Tokens of a block; S is a multiple of it.
+    """
+    blocks = targets.unflatten(-2, (-1, block_len))
+    centred = blocks - blocks.nanmean(dim=-2, keepdim=True)
+    std = centred.square().nanmean(dim=-2, keepdim=True).sqrt()
+    return (centred / std.clamp(min=1e-8)).flatten(-3, -2)
+
+
 class SalienceMLP(nn.Module):
     """RMSNorm, Linear, SiLU, Linear: hidden state of one layer to three standardised parts."""
 
@@ -104,6 +119,8 @@ class SalienceHead(nn.Module):
         hidden: Hidden width of each S-MLP.
         grid: Token (rows, columns) of a frame, for the mean target per place.
         log: Whether targets are log probabilities (else raw probabilities).
+        block_len: Tokens of the blocks within which targets are standardised before that is done
+            per layer; 0 = only per layer.
     """
 
     mean: Tensor
@@ -111,18 +128,27 @@ class SalienceHead(nn.Module):
     place: Tensor
 
     def __init__(
-        self, *, num_layers: int, width: int, hidden: int, grid: tuple[int, int], log: bool = False
+        self,
+        *,
+        num_layers: int,
+        width: int,
+        hidden: int,
+        grid: tuple[int, int],
+        log: bool = False,
+        block_len: int = 0,
     ) -> None:
         super().__init__()
         self.log = log
+        self.block_len = block_len
         self.layers = nn.ModuleList(SalienceMLP(width, hidden) for _ in range(num_layers))
         self.register_buffer("mean", torch.zeros(num_layers, len(PARTS)))
         self.register_buffer("std", torch.ones(num_layers, len(PARTS)))
         self.register_buffer("place", torch.zeros(num_layers, *grid, len(PARTS)))
 
     def scaled(self, targets: Tensor) -> Tensor:
-        """Raw or log probability, as configured."""
-        return (targets + 1e-6).log() if self.log else targets
+        """Raw or log probability, as it is or against its block, as configured."""
+        scaled = (targets + 1e-6).log() if self.log else targets
+        return standardise_blocks(scaled, self.block_len) if self.block_len else scaled
 
     def fit_statistics(self, targets: Tensor) -> None:
         """Set mean, spread and place means from targets of many clips.

@@ -25,6 +25,7 @@ class SalienceParams:
     Attributes:
         sigma: Noise level at which the teacher is asked.
         log: Regress log probabilities instead of probabilities.
+        per_block: Standardise targets within their block first, then as always per layer and part.
         horizon: Later blocks that a key must have for its `later` target to count.
         statistics_steps: First steps, which only gather the statistics that targets are
             standardised by.
@@ -34,6 +35,7 @@ class SalienceParams:
 
     sigma: float = 0.85
     log: bool = False
+    per_block: bool = False
     horizon: int = 2
     statistics_steps: int = 12
     ranking_weight: float = 0.0

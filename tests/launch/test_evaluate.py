@@ -70,11 +70,11 @@ def make_config(folder: Path) -> RunConfig:
 
 def export_stage(config: RunConfig, name: str, *, role: str, with_head: bool = False) -> Path:
     torch.manual_seed(len(name))
-    network = transformer_from_config(network_config(config, head_log=False)["model"])
+    network = transformer_from_config(network_config(config)["model"])
     torch.nn.init.normal_(network.head.head.weight, std=0.1)
     weights = {"transformer": network.state_dict()}
     if with_head:
-        head = head_from_config(network_config(config, head_log=False))
+        head = head_from_config(network_config(config))
         torch.nn.init.normal_(head.place)
         weights["head"] = head.state_dict()
     manifest = {
@@ -86,6 +86,7 @@ def export_stage(config: RunConfig, name: str, *, role: str, with_head: bool = F
             "model": to_dict(config.model),
             "head": to_dict(config.head),
             "head_log": False,
+            "head_block_len": 0,
             "grid": list(token_grid(config)),
             "codec": to_dict(config.codec),
             "text": to_dict(config.text),
@@ -158,6 +159,11 @@ def test_other_sections_are_there(run: Path):
     assert all(0 <= row["self_consistency"]["mean"] <= 1 for row in results["prefix_free"])
     assert set(results["head"]["spearman"]["head"]) == {"later", "within", "earlier"}
     assert len(results["head"]["recall_at_budget"]["head"]["later"]) == 2
+    by_frame = results["head"]["target_by_frame"]["head"]
+    assert [len(means) for means in by_frame.values()] == [8, 8, 8]
+    assert by_frame["later"][-1] is None  # no later block
+    assert by_frame["earlier"][0] is None
+    assert all(isinstance(mean, float) for mean in by_frame["within"])
     assert {row["frames"] for row in results["policies"]} == {12, 16}
     assert {row["age_weight"] for row in results["tuning"]} == {0.0, 0.1}
 

@@ -93,6 +93,8 @@ def made_up_results() -> dict:
         for stage in ("causal_head", "streaming")
         for policy in ("full", "salience", "sink_window")
     ]
+    fall = [1.5 - frame / 16 for frame in range(44)] + 4 * [None]
+    parts_by_frame = {"later": fall, "within": [0.1] * 48, "earlier": fall[::-1]}
     head = dict.fromkeys(("causal_head", "distill_head"), layers)
     return {
         "name": "made-up",
@@ -111,7 +113,12 @@ def made_up_results() -> dict:
         "policies": rows,
         "quality": quality,
         "prefix_free": free,
-        "head": {"budget_share": 0.25, "spearman": head, "recall_at_budget": head},
+        "head": {
+            "budget_share": 0.25,
+            "spearman": head,
+            "recall_at_budget": head,
+            "target_by_frame": dict.fromkeys(head, parts_by_frame),
+        },
     }
 
 
@@ -200,9 +207,9 @@ def write_made_up_run(run: Path) -> Path:
     }
     save_file(arrays, folder / "salience.safetensors")
     for stage, names in (
-        ("teacher", ["loss"]),
-        ("causal", ["loss"]),
-        ("distill", ["student_loss", "critic_loss"]),
+        ("teacher", ["loss/teacher"]),
+        ("causal", ["loss/student"]),
+        ("distill", ["loss/student", "loss/critic"]),
     ):
         (run / stage).mkdir()
         rows = [

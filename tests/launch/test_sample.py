@@ -22,7 +22,7 @@ CLIP = render_clip(WorldConfig(frames=12), 0)
 @pytest.fixture(scope="module")
 def student(tmp_path_factory):
     config = load_config(["name=random", *SIZES])
-    networks = network_config(config, head_log=False)
+    networks = network_config(config)
     torch.manual_seed(0)
     network, head = transformer_from_config(networks["model"]), head_from_config(networks)
     torch.nn.init.normal_(network.head.head.weight, std=0.1)

@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from models.salience import SalienceHead, head_scores, mask_short_future, salience_targets
+from models.salience import (
+    SalienceHead,
+    head_scores,
+    mask_short_future,
+    salience_targets,
+    standardise_blocks,
+)
 
 
 def dense_reference(queries, keys, block_len) -> torch.Tensor:
@@ -66,6 +72,27 @@ def test_statistics_standardise_every_layer_and_part():
     torch.testing.assert_close(head.place[0], by_place)
     with pytest.raises(ValueError, match="defined targets"):
         head.fit_statistics(torch.full_like(targets, torch.nan))
+
+
+def test_targets_against_their_block_forget_where_the_block_stands():
+    torch.manual_seed(0)
+    targets = torch.rand(2, 5, 12, 3)
+    targets[:, :, 9:, 0] = torch.nan
+    standard = standardise_blocks(targets, 3)
+    blocks = standard.unflatten(2, (4, 3))
+    assert blocks[:, :, :3].mean(dim=3).abs().max() < 1e-5
+    assert (blocks[:, :, :3].std(dim=3, unbiased=False) - 1).abs().max() < 1e-3
+    assert standard[:, :, 9:, 0].isnan().all()
+    drift = torch.arange(4.0).repeat_interleave(3)[:, None]
+    torch.testing.assert_close(
+        standardise_blocks(targets + drift, 3), standard, rtol=1e-3, atol=1e-3, equal_nan=True
+    )
+    head = SalienceHead(num_layers=2, width=8, hidden=4, grid=(1, 3), block_len=3)
+    head.fit_statistics(targets)
+    shifted = head.standardise(0, targets[0] + drift)
+    torch.testing.assert_close(
+        shifted, head.standardise(0, targets[0]), rtol=1e-3, atol=1e-3, equal_nan=True
+    )
 
 
 def test_scores_of_a_perfect_and_an_inverted_head():
