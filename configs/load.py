@@ -5,6 +5,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -19,6 +20,11 @@ from configs.schema import RunConfig
 Section = TypeVar("Section")
 
 
+def is_override(argument: str) -> bool:
+    """Whether a word of the command line is KEY=VALUE; a path whose folder has a `=` is not."""
+    return re.match(r"[\w.-]+=", argument) is not None
+
+
 def load_config(arguments: Sequence[str]) -> RunConfig:
     """The run described by YAML files (merged left to right) and KEY=VALUE overrides.
 
@@ -29,8 +35,8 @@ def load_config(arguments: Sequence[str]) -> RunConfig:
         ConfigError: If a file is missing or is not a mapping, a key is unknown or unset, a value
             has the wrong type, or merged values contradict each other. Names the full key.
     """
-    files = [argument for argument in arguments if "=" not in argument]
-    overrides = [argument for argument in arguments if "=" in argument]
+    files = [argument for argument in arguments if not is_override(argument)]
+    overrides = [argument for argument in arguments if is_override(argument)]
     merged: DictConfig = OmegaConf.structured(RunConfig)
     for file in files:
         merged = _merge(merged, _load_file(Path(file)), source=file)

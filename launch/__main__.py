@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from configs.errors import UserError
-from configs.load import load_config, nearest
+from configs.load import is_override, load_config, nearest
 from configs.schema import RunConfig
 from launch.steps import process_rank
 
@@ -185,8 +185,8 @@ def _sample(arguments: argparse.Namespace) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     from launch.evaluate import evaluate
 
-    ckpts = [Path(word) for word in arguments.arguments if "=" not in word]
-    overrides = [word for word in arguments.arguments if "=" in word]
+    ckpts = [Path(word) for word in arguments.arguments if not is_override(word)]
+    overrides = [word for word in arguments.arguments if is_override(word)]
     if not ckpts:
         raise UserError("evaluate needs at least one checkpoint, found none; give stage folders")
     evaluate(_run_config(ckpts[0], arguments.config, overrides), ckpts, arguments.out)

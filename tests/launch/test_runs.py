@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,43 +33,63 @@ def test_real_clips_go_through_every_stage_and_a_second_run_has_nothing_to_do(tm
     assert capfd.readouterr().out == f"all 7 steps complete in {tmp_path / 'clips'}\n"
 
 
-def train(folder: Path) -> list[str]:
-    """The command that trains the tiny plan without its evaluation."""
-    overrides = [f"runs_dir={folder}", "evaluate.stages=[]"]
+def run_tiny(folder: Path) -> list[str]:
+    """The command that carries out the tiny plan with a checkpoint at every step."""
+    overrides = [f"runs_dir={folder}"]
     overrides += [f"stages.{stage}.checkpoint_every=1" for stage in STAGES]
     return [sys.executable, "-m", "launch", "run", TINY, *overrides]
 
 
-def without_clocks(path: Path) -> list[dict[str, float]]:
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+def without_clocks(value: Any) -> Any:
+    if isinstance(value, list):
+        return [without_clocks(item) for item in value]
+    if not isinstance(value, dict):
+        return value
     clocks = ("_seconds", "_per_second")
-    return [{key: row[key] for key in row if not key.endswith(clocks)} for row in rows]
+    return {key: without_clocks(value[key]) for key in value if not key.endswith(clocks)}
+
+
+def read_lines(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# What a step of the plan has written when it is killed, and what must not be there yet.
+AT_WORK = {
+    "world": ("data/world/clip-000003.mp4", "data/world/world.json"),
+    "ingest": ("data/raw/.*.part-*", "data/raw/manifest.json"),
+    "encode": ("data/latents/.*.part-*", "data/latents/manifest.json"),
+    **{name: (f"{name}/checkpoints/step-*/COMPLETE.json", f"{name}/DONE.json") for name in STAGES},
+    "evaluate": ("evaluate/rows.jsonl", "evaluate/DONE.json"),
+}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_kill_in_every_stage_changes_no_bit_of_the_result(tmp_path):
-    subprocess.run(train(tmp_path / "whole"), cwd=ROOT, check=True, timeout=200)
-    command, run = train(tmp_path / "killed"), tmp_path / "killed" / "tiny"
-    kills = 0
-    for stage in STAGES:
+def test_a_kill_in_every_step_changes_no_bit_of_the_result(tmp_path):
+    subprocess.run(run_tiny(tmp_path / "whole"), cwd=ROOT, check=True, timeout=200)
+    command, run = run_tiny(tmp_path / "killed"), tmp_path / "killed" / "tiny"
+    for name, (begun, done) in AT_WORK.items():
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 100
-        while not list(run.glob(f"{stage}/checkpoints/step-*/COMPLETE.json")):
-            assert process.poll() is None, "the run ended before the stage"
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        kills += not (run / stage / "DONE.json").exists()
+        while not list(run.glob(begun)):
+            assert process.poll() is None, f"the run ended before {name}"
+            assert time.monotonic() < deadline, name
+            time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         process.wait(timeout=10)
-    assert kills == len(STAGES), "every kill must hit its stage at work"
+        assert not (run / done).exists(), f"the kill must hit {name} at work"
     subprocess.run(command, cwd=ROOT, check=True, timeout=200)
     for stage in STAGES:
         found, expected = (tmp_path / name / "tiny" / stage for name in ("killed", "whole"))
         files = [read_manifest(find_export(folder))["files"] for folder in (found, expected)]
         assert files[0] == files[1], f"{stage} differs after a kill"
-        rows = [without_clocks(folder / "metrics.jsonl") for folder in (found, expected)]
+        rows = [without_clocks(read_lines(f / "metrics.jsonl")) for f in (found, expected)]
         assert rows[0] == rows[1], f"metrics of {stage} differ after a kill"
+    results = [
+        without_clocks(json.loads((tmp_path / name / "tiny/evaluate/results.json").read_text()))
+        for name in ("killed", "whole")
+    ]
+    assert results[0] == results[1]
 
 
 @pytest.mark.slow

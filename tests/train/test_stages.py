@@ -10,6 +10,7 @@ from configs.schema import OptimConfig, StageConfig
 from data.datamodule import LatentBatch
 from models.salience import SalienceHead
 from tests.models.small import small_transformer
+from train import checkpoint
 from train.causal import Causal, CausalParams, random_visibility
 from train.distill import Distill, DistillParams
 from train.engine import build_single_engines
@@ -190,6 +191,25 @@ def test_a_prompt_switch_rebuilds_the_past_under_the_next_prompt():
         stage.update(batch(), 1)
     stage.update(batch(), 2)
     assert torch.equal(stream.text, batch().text.roll(1, dims=0))
+
+
+def test_a_stream_with_a_prompt_switch_is_repeated_bit_for_bit_from_its_snapshot(tmp_path):
+    def run(stage: Streaming, first: int) -> None:
+        for step in range(first, 5):
+            stage.update(batch(first_seed=10 + step), step)
+            stage.completed = step + 1
+
+    whole, resumed = streaming(switch_chance=1.0), streaming(switch_chance=1.0)
+    run(whole, 0)  # streams of three chunks: the second chunk of the second one is done
+    folder = checkpoint.write(whole.snapshot(), tmp_path, keep=1)
+    done = checkpoint.restore(resumed, folder)
+    assert done == 3, "a checkpoint within a stream holds the stream's start"
+    resumed.completed = done
+    run(resumed, done)
+    assert not changed(resumed.networks, weights_of(whole.networks))
+    assert torch.equal(resumed.streams[0].history, whole.streams[0].history)
+    switched = [torch.equal(s.text, s.next_text) for s in (whole.streams[0], resumed.streams[0])]
+    assert switched == [True, True], "the prompt changed at frame 8 of 16"
 
 
 def test_the_head_learns_and_the_student_does_not_move():
