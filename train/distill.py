@@ -6,7 +6,7 @@ the whole window, and the difference of their estimates is the student's gradien
 Source: Self-Forcing, arXiv:2506.08009; DMD2, arXiv:2405.14867.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -239,9 +239,18 @@ class Distill(DistributionMatching):
         window = torch.cat([prefix, generated], dim=1)
         return window, torch.arange(window.shape[1], device=window.device) >= prefix_frames
 
+    def in_window(self, batch: LatentBatch, step: int) -> LatentBatch:
+        """`batch` cut to the length of this step, with a seed for every piece."""
+        if not self.params.windows:
+            return batch
+        cut = batch.cut(step_choice(self.params.windows, self.seed, step, "window"))
+        pieces = len(cut.seeds) // len(batch.seeds)
+        seeds = [derive_seeds(batch.seeds, "piece", number) for number in range(pieces)]
+        return replace(cut, seeds=torch.cat(seeds))
+
     def update(self, batch: LatentBatch, step: int) -> dict[str, Tensor | float]:
         """A critic step on fresh rollouts, preceded by a student step on the same ones when due."""
-        parts = self.micro_batches(self.in_windows(batch, self.params.windows, step))
+        parts = self.micro_batches(self.in_window(batch, step))
         windows: list[tuple[Tensor, Tensor]] = []
         metrics: dict[str, Tensor | float] = {}
 

@@ -18,10 +18,8 @@ from torch import Tensor, nn
 from configs.checks import require_blocks
 from configs.errors import ConfigError
 from configs.schema import StageConfig
-from data.datamodule import LatentBatch
 from train.checkpoint import Snapshot, capture
 from train.engine import Engine, EngineSpec
-from train.randomness import derive_seeds, step_choice
 from train.ranks import world_size
 from train.tracking import MetricWindow
 
@@ -182,19 +180,6 @@ class Stage(L.LightningModule):
     def micro_batches(self, batch: Any) -> list[Any]:
         """`batch` in `config.accumulate` equal parts along its first axis."""
         return list(split_batch(batch, self.config.accumulate))
-
-    def in_windows(self, batch: LatentBatch, lengths: Sequence[int], step: int) -> LatentBatch:
-        """`batch` cut to pieces of one of `lengths`, drawn alike on all ranks; whole if none given.
-
-        Every piece has a seed of its own.
-        """
-        if not lengths:
-            return batch
-        cut = batch.cut(step_choice(lengths, self.seed, step, "window"))
-        pieces = len(cut.seeds) // len(batch.seeds)
-        return replace(
-            cut, seeds=torch.cat([derive_seeds(batch.seeds, "piece", n) for n in range(pieces)])
-        )
 
     def optimise(
         self, name: str, loss: Callable[[Any], Tensor], parts: Sequence[Any]

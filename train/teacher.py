@@ -1,13 +1,13 @@
 """Stage `teacher`: a bidirectional video transformer by flow matching."""
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from configs.checks import require, require_blocks, require_range
+from configs.checks import require, require_range
 from configs.schema import StageConfig
 from data.datamodule import LatentBatch
 from models.flow import add_noise, sampling_sigmas, shift_sigma
@@ -30,9 +30,6 @@ class TeacherParams:
             things up far away. All other samples have one noise level per video.
         text_dropout: Share of samples whose caption is zeroed, so that guidance has an
             unconditional estimate.
-        windows: Lengths in frames, one drawn per step, to which clips are cut: where a window is
-            too short for copying from long ago, a teacher learns to continue by itself. Empty =
-            never cut.
         preview_steps: Sampler steps of the videos shown during training.
     """
 
@@ -40,7 +37,6 @@ class TeacherParams:
     clean_prefix: float = 0.0
     block_noise: float = 0.0
     text_dropout: float = 0.1
-    windows: list[int] = field(default_factory=list)
     preview_steps: int = 16
 
 
@@ -64,9 +60,6 @@ class Teacher(Stage):
             f"{key}.params: clean_prefix + block_noise must not exceed 1, found "
             f"{params.clean_prefix} + {params.block_noise}",
         )
-        require_blocks(f"{key}.params.windows", params.windows, block)
-        for frames in params.windows:
-            require_range(f"{key}.params.windows", frames, block, config.frames)
         require_range(f"{key}.params.preview_steps", params.preview_steps, 1, 1000)
 
     def sigma(self, seeds: Tensor, num_frames: int) -> Tensor:
@@ -97,8 +90,7 @@ class Teacher(Stage):
 
     def update(self, batch: LatentBatch, step: int) -> dict[str, Tensor | float]:
         """One flow-matching step."""
-        parts = self.micro_batches(self.in_windows(batch, self.params.windows, step))
-        return self.optimise("teacher", self.loss, parts)
+        return self.optimise("teacher", self.loss, self.micro_batches(batch))
 
     @torch.no_grad()
     def preview(self, batch: LatentBatch) -> Tensor:

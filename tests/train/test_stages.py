@@ -136,40 +136,34 @@ def test_with_clean_context_the_judged_window_keeps_its_prefix():
 
 
 def test_windows_give_every_piece_of_a_clip_noise_of_its_own():
-    stage, whole = distill(windows=[6]), batch()
-    assert stage.in_windows(whole, [], 0) is whole
-    cut = stage.in_windows(whole, [6], 0)
+    whole = batch()
+    assert distill().in_window(whole, 0) is whole
+    stage = distill(windows=[6])
+    cut = stage.in_window(whole, 0)
     assert cut.latents.shape[:2] == (4, 6)
     assert cut.seeds.unique().numel() == 4
-    lengths = [stage.in_windows(whole, [4, 12], step).latents.shape[1] for step in range(20)]
-    assert set(lengths) == {4, 12}
     before = weights_of(stage.networks["student"])
     stage.update(whole, 0)
     assert changed(stage.networks["student"], before)
+    several = distill(windows=[6, 12])
+    assert {several.in_window(whole, step).latents.shape[1] for step in range(20)} == {6, 12}
 
 
 def test_a_rollout_takes_a_prefix_that_its_window_leaves_room_for():
     stage = distill(windows=[6])
     stage.params.prefix_frames = [4, 10]
     for step in range(8):
-        window, mask = stage.rollout(stage.in_windows(batch(), [6], step), step, grad=False)
+        window, mask = stage.rollout(stage.in_window(batch(), step), step, grad=False)
         assert window.shape[:2] == (4, 6)
         assert mask.tolist() == 4 * [False] + 2 * [True]
 
 
-@pytest.mark.parametrize(
-    ("cls", "params"),
-    [
-        (Teacher, TeacherParams(windows=[5])),
-        (Teacher, TeacherParams(windows=[FRAMES + 2])),
-        (Distill, DistillParams(windows=[4], prefix_frames=[4])),
-        (Distill, DistillParams(windows=[FRAMES + 2], prefix_frames=[4])),
-    ],
-)
-def test_windows_that_do_not_fit_are_refused(cls, params):
+@pytest.mark.parametrize("frames", [4, 5, FRAMES + 2])
+def test_windows_that_do_not_fit_are_refused(frames):
     config = StageConfig(kind="test", steps=100, batch=2, frames=FRAMES)
     with pytest.raises(ConfigError, match=r"stages\.x\.params\.windows"):
-        cls.check(config, params, key="stages.x", block=2)
+        params = DistillParams(windows=[frames], prefix_frames=[4])
+        Distill.check(config, params, key="stages.x", block=2)
 
 
 def test_a_stream_grows_by_chunks_and_gives_way_to_a_new_one():

@@ -1,0 +1,40 @@
+"""Every command of the README, run as it stands there, on a run of the smallest size."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def launch_commands() -> list[list[str]]:
+    """Words of every `python -m launch ...` line in the README's blocks of code."""
+    blocks = (ROOT / "README.md").read_text().split("```")[1::2]
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.split(x, comments=True) for x in lines if x.startswith("python -m launch ")]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_command_works(tmp_path):
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+
+    def run(words: list[str]) -> None:
+        command = ["timeout", "-k", "10", "400", sys.executable, *words]
+        subprocess.run(command, cwd=tmp_path, env=environment, check=True)
+
+    # The README speaks of the demo, this one is as small as the tiny plan.
+    run(["-m", "launch", "run", "configs/tiny.yaml", "name=demo"])
+    commands = launch_commands()
+    verbs = {"run", "show", "fit", "sample", "evaluate", "export"}
+    assert {words[3] for words in commands} >= verbs
+    for words in commands:
+        run(words[1:])
+    assert (tmp_path / "x.mp4").stat().st_size > 0
+    assert (tmp_path / "runs/demo/again/results.json").is_file()
+    assert (tmp_path / "weights/manifest.json").is_file()
