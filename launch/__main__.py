@@ -15,6 +15,7 @@ from configs.errors import UserError
 from configs.load import is_override, load_config, nearest
 from configs.schema import RunConfig
 from launch.steps import process_rank
+from train.memory import keep_freed_memory
 
 
 class Verb(NamedTuple):
@@ -53,6 +54,7 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Carry out one command; returns its exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    keep_freed_memory()
     try:
         _dispatch(words)
     except UserError as error:

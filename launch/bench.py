@@ -25,6 +25,7 @@ from launch.rollouts import measure_rollout, roll_out, summarise
 from launch.student import Student, head_from_config, load_student
 from models.kv_cache import KVCache
 from models.salience import SalienceHead
+from train.memory import keep_freed_memory
 
 VERSION = 5
 """Part of every job's key: raise it when a job gives other numbers than before."""
@@ -292,6 +293,7 @@ def _start_worker(config: RunConfig, ckpts: Sequence[Path], clips: Path) -> None
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+    keep_freed_memory()
     _worker["bench"] = load_bench(config, ckpts, clips)
 
 

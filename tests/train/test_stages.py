@@ -161,8 +161,8 @@ def test_a_rollout_takes_a_prefix_that_its_window_leaves_room_for():
 @pytest.mark.parametrize("frames", [4, 5, FRAMES + 2])
 def test_windows_that_do_not_fit_are_refused(frames):
     config = StageConfig(kind="test", steps=100, batch=2, frames=FRAMES)
+    params = DistillParams(windows=[frames], prefix_frames=[4])
     with pytest.raises(ConfigError, match=r"stages\.x\.params\.windows"):
-        params = DistillParams(windows=[frames], prefix_frames=[4])
         Distill.check(config, params, key="stages.x", block=2)
 
 
