@@ -21,8 +21,8 @@ Section = TypeVar("Section")
 
 
 def is_override(argument: str) -> bool:
-    """Whether a word of the command line is KEY=VALUE; a path whose folder has a `=` is not."""
-    return re.match(r"[\w.-]+=", argument) is not None
+    """Whether a word of the command line is KEY=VALUE, and not a path with a `=` in it."""
+    return re.match(r"[\w.-]+=", argument) is not None and not Path(argument).exists()
 
 
 def load_config(arguments: Sequence[str]) -> RunConfig:

@@ -138,6 +138,10 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "num_layers", "num_heads", "head_dim", "ffn_dim", "freq_dim")
+        require(
+            self.head_dim % 2 == 0,
+            f"model.head_dim must be even, for rotary pairs, found {self.head_dim}",
+        )
         require_positive(self, "in_channels", "out_channels", "text_dim", "frames_per_block")
         require(
             len(self.patch_size) == 3 and min(self.patch_size) > 0,
@@ -290,7 +294,11 @@ class EvaluateConfig:
             f"evaluate.weights must be triples [later, within, earlier], found {self.weights}",
         )
         require_choice("evaluate.time", self.time, ("absolute", "relative"))
-        require_positive(self, "long_clips_per_seed", "unbounded_frames")
+        require_positive(self, "long_clips_per_seed", "unbounded_frames", "shift")
+        require(
+            all(steps > 0 for steps in self.quality_steps),
+            f"evaluate.quality_steps must all be above 0, found {self.quality_steps}",
+        )
         for name in ("frames", "budgets", "seeds", "weights", "age_weights"):
             require(
                 len(getattr(self, name)) > 0,

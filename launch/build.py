@@ -251,6 +251,7 @@ def export_manifest(
             "text": to_dict(config.text),
             "size": list(config.source.size),
             "fps": config.source.world.fps,
+            "every": config.source.every,
             "frames": config.stages[stage_name].frames,
         },
         "parents": {role: export.hash for role, export in inputs.items()},

@@ -4,6 +4,7 @@ The bounds on accuracy are those of a prototype, loosened. What few steps must w
 trial runs: with everything cached the undistilled student leaves nothing to win.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -131,7 +132,7 @@ def _later_stage(stage: str, first: Sequence[Row], rows: Sequence[Row]) -> list[
 def _few_steps(quality: Sequence[Row], parent: str, child: str) -> list[Claim]:
     """The distilled student is as right as its parent at many steps, and crisper at equally few.
 
-    That is judged where the cache has forgotten and the student must invent: few steps give the
+    Crisper means: by more than two standard deviations of the difference. It is judged where the cache has forgotten and the student must invent: few steps give the
     mean of all gondolas there, and identity says nothing.
     """
     rows = {(row["stage"], row["policy"], row["steps"]): row for row in quality}
@@ -145,7 +146,10 @@ def _few_steps(quality: Sequence[Row], parent: str, child: str) -> list[Claim]:
             claims.append(Claim(text, _accuracy(right), _accuracy(reference) - TOLERANCE))
         before, after = (rows.get((stage, "sink_window", steps)) for stage in (parent, child))
         if before is not None and after is not None:
-            text = f"crisp frames of {at}, having forgotten, above its parent's"
-            bound, found = (float(row["crisp_share"]["mean"]) for row in (before, after))
-            claims.append(Claim(text, found, bound, is_strict=True))
+            (low, one), (high, other) = (
+                (float(row["crisp_share"][key]) for key in ("mean", "std"))
+                for row in (before, after)
+            )
+            text = f"crisp frames of {at}, mostly forgotten; its parent has {low:.3f}"
+            claims.append(Claim(text, high, low + 2 * math.hypot(one, other), is_strict=True))
     return claims

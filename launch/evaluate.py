@@ -25,7 +25,8 @@ from launch.claims import claims_of
 from launch.contest import Job, contestants, plan_jobs
 from launch.exhibits import examine_heads, shown_contestants, write_videos
 from launch.held_out import prepare
-from launch.steps import say
+from launch.steps import hold_lock, say
+from train.fit import prepare_process
 
 TEST_FIELDS = ("policies", "quality", "prefix_free")
 
@@ -45,6 +46,12 @@ def evaluate(config: RunConfig, ckpts: Sequence[Path], out: Path) -> None:
     """
     if not ckpts:
         raise UserError("an evaluation needs at least one checkpoint of a student, found none")
+    prepare_process(config)
+    with hold_lock(out):
+        _evaluate(config, ckpts, out)
+
+
+def _evaluate(config: RunConfig, ckpts: Sequence[Path], out: Path) -> None:
     clips = out / "clips"
     prepare(config, clips)
     bench = load_bench(config, ckpts, clips)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from omegaconf import OmegaConf
 from torch import Tensor
 from tqdm import tqdm
@@ -118,7 +119,10 @@ def _start(arguments: argparse.Namespace, student: Student) -> tuple[KVCache, No
     for item in arguments.param:
         if "=" not in item:
             raise UserError(f"--param must be KEY=VALUE, got {item!r}")
-        params.update(OmegaConf.from_dotlist([item]))
+        try:
+            params.update(OmegaConf.from_dotlist([item]))
+        except yaml.YAMLError as error:
+            raise UserError(f"--param must be KEY=VALUE with a YAML value, got {item!r}") from error
     seeds = torch.tensor([arguments.seed], device=arguments.device)
     try:
         if arguments.steps is not None:
@@ -146,9 +150,10 @@ def _read_prefix(arguments: argparse.Namespace, student: Student) -> Tensor | No
             f"--prefix-frames must be whole blocks of {student.frames_per_block} frames, "
             f"got {arguments.prefix_frames}"
         )
-    pixels = read_video(arguments.prefix, frames=range(arguments.prefix_frames), size=student.size)
-    frames = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
-    return student.codec.encode(frames)[None].to(arguments.device)
+    frames = range(0, arguments.prefix_frames * student.every, student.every)
+    pixels = read_video(arguments.prefix, frames=frames, size=student.size)
+    values = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return student.codec.encode(values)[None].to(arguments.device)
 
 
 def _blocks(

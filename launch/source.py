@@ -63,11 +63,15 @@ def find_folder(name: str) -> Path:
 
 
 def fingerprint(rows: list[VideoRow]) -> list[Any]:
-    """What the shards depend on: order, captions, and the name and size of every video.
+    """What the shards depend on: order, captions, and name, size and date of every video.
 
-    Sizes rather than contents, so that the plan of a large collection is known in seconds.
+    Dates rather than contents, so that the plan of a large collection is known in seconds.
     """
-    return [[row.path.name, row.path.stat().st_size, row.caption, row.extra] for row in rows]
+    stats = [row.path.stat() for row in rows]
+    return [
+        [row.path.name, stat.st_size, stat.st_mtime_ns, row.caption, row.extra]
+        for row, stat in zip(rows, stats, strict=True)
+    ]
 
 
 def write_list(rows: list[VideoRow], path: Path) -> None:

@@ -33,7 +33,8 @@ class Student:
         grid: Token (rows, columns) of a frame.
         frames_per_block: Frames generated together.
         size: Height and width in pixels.
-        fps: Frames per second.
+        fps: Frames per second of its videos.
+        every: Every how many frames of a video file it has seen one.
     """
 
     export: Export
@@ -46,6 +47,7 @@ class Student:
     frames_per_block: int
     size: tuple[int, int]
     fps: int
+    every: int
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -144,4 +146,5 @@ def load_student(path: Path) -> Student:
         frames_per_block=config["model"]["frames_per_block"],
         size=(config["size"][0], config["size"][1]),
         fps=config["fps"],
+        every=config["every"],
     )

@@ -8,6 +8,7 @@ sampling, evaluation and the contract tests.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -318,10 +319,16 @@ def build_policy(name: str, params: dict[str, Any] | None = None) -> CachePolicy
     for key in params.keys() & {"age_weight", "decay"}:
         if not isinstance(params[key], int | float):
             raise ValueError(f"{key} of policy '{name}' must be a number, got {params[key]!r}")
+    if "redraw" in params and not isinstance(params["redraw"], bool):
+        raise ValueError(f"redraw of policy '{name}' must be true or false, got {params['redraw']}")
     if "weights" in params:
-        params["weights"] = tuple(float(w) for w in params["weights"])
-        if len(params["weights"]) != 3:
-            raise ValueError(
-                f"weights must be three numbers (later, within, earlier), got {params['weights']}"
-            )
+        params["weights"] = _three_weights(params["weights"])
     return cls(**params)
+
+
+def _three_weights(weights: Any) -> tuple[float, ...]:
+    if isinstance(weights, Sequence) and len(weights) == 3:
+        numbers = [weight for weight in weights if isinstance(weight, int | float)]
+        if len(numbers) == 3:
+            return tuple(float(number) for number in numbers)
+    raise ValueError(f"weights must be three numbers (later, within, earlier), got {weights!r}")

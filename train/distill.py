@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from configs.checks import require_blocks, require_range
+from configs.checks import require, require_blocks, require_range
 from configs.schema import StageConfig
 from data.datamodule import LatentBatch
 from models.flow import add_noise, sampling_sigmas, shift_sigma, velocity_to_x0
@@ -37,7 +37,7 @@ class DistributionMatchingParams:
         student_steps: Network passes per block of the few-step student.
         student_shift: Shift of their noise levels.
         score_shift: Shift of the noise levels at which teacher and critic judge.
-        score_range: Lowest and highest of those noise levels.
+        score_range: Lowest and highest of those noise levels; draws beyond an end are moved to it.
         clean_context: Let teacher and critic see the frames that do not count without noise; for
             a teacher that was trained with clean prefixes.
         guidance_scale: Of the teacher's estimate; 1 = off.
@@ -83,6 +83,15 @@ class DistributionMatching(Stage):
         super().check(config, params, key=key, block=block)
         require_range(f"{key}.params.student_steps", params.student_steps, 1, 1000)
         require_range(f"{key}.params.student_every", params.student_every, 1, config.steps)
+        for name in ("student_shift", "score_shift"):
+            require(
+                getattr(params, name) > 0,
+                f"{key}.params.{name} must be above 0, found {getattr(params, name)}",
+            )
+        require(
+            len(params.score_range) == 2,
+            f"{key}.params.score_range must be [lowest, highest], found {params.score_range}",
+        )
         low, high = params.score_range
         require_range(f"{key}.params.score_range", low, 0, high)
         require_range(f"{key}.params.score_range", high, low, 1)
@@ -196,6 +205,11 @@ class Distill(DistributionMatching):
     def check(cls, config: StageConfig, params: Any, *, key: str, block: int) -> None:
         """A rollout must have frames to generate behind its prefix."""
         super().check(config, params, key=key, block=block)
+        for name in ("prefix_frames", "budgets"):
+            require(
+                len(getattr(params, name)) > 0,
+                f"{key}.params.{name} must list at least one number, found none",
+            )
         require_blocks(f"{key}.params.prefix_frames", params.prefix_frames, block, least=0)
         for frames in params.prefix_frames:
             require_range(f"{key}.params.prefix_frames", frames, 0, config.frames - block)
@@ -210,7 +224,7 @@ class Distill(DistributionMatching):
         num_frames = batch.latents.shape[1]
         prefixes = [frames for frames in params.prefix_frames if frames < num_frames]
         prefix_frames = step_choice(prefixes, self.seed, step, "prefix")
-        seeds = derive_seeds(batch.seeds, "rollout")
+        seeds = derive_seeds(batch.seeds, "rollout").to(batch.latents.device)
         cache = make_cache(
             self.engine("student").module,
             spec=CacheSpec(

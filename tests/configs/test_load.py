@@ -39,11 +39,13 @@ def test_the_order_of_arguments_does_not_let_a_file_win_over_an_override(base):
     assert load_config(["seed=5", base]).seed == 5
 
 
-def test_a_path_with_an_equals_sign_is_a_path(base, tmp_path):
+def test_a_path_with_an_equals_sign_is_a_path(base, tmp_path, monkeypatch):
     folder = tmp_path / "lr=3"
     folder.mkdir()
     (folder / "more.yaml").write_text("name: other\n")
     assert load_config([base, str(folder / "more.yaml")]).name == "other"
+    monkeypatch.chdir(tmp_path)
+    assert load_config([base, "lr=3/more.yaml"]).name == "other"
 
 
 def test_stages_keep_the_order_of_the_file(base):

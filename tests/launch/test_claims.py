@@ -82,7 +82,7 @@ def test_a_distillation_that_changed_nothing_fails():
     results["quality"] = parents + [parent | {"stage": "few"} for parent in parents]
     broken = failing(results)
     assert len(broken) == 2
-    assert all("above its parent's" in text for text in broken)
+    assert all("crisp frames" in text for text in broken)
 
 
 def test_a_last_stage_that_forgets_fails():

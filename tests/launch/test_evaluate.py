@@ -92,6 +92,7 @@ def export_stage(config: RunConfig, name: str, *, role: str, with_head: bool = F
             "text": to_dict(config.text),
             "size": config.source.size,
             "fps": 8,
+            "every": 1,
             "frames": 8,
         },
     }

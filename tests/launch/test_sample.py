@@ -35,7 +35,7 @@ def student(tmp_path_factory):
             "role": "student",
             "stage": "random",
             "sampler": {"sigmas": [1.0, 0.5, 0.0], "renoise": True},
-            "config": networks | shared | {"fps": 8, "frames": 12},
+            "config": networks | shared | {"fps": 8, "every": 1, "frames": 12},
         },
     )
     return folder
@@ -80,6 +80,8 @@ def test_the_seed_decides_the_video(student, tmp_path):
         (["--budget", "20"], "must hold sink and recent frames"),
         (["--param", "age_weigth=1"], "did you mean 'age_weight'"),
         (["--param", "age_weight=abc"], "must be a number"),
+        (["--param", "weights=3"], "three numbers"),
+        (["--param", "weights=[1,1"], "YAML value"),
         (["--steps", "0"], "at least 1"),
         (["--frames", "0"], "--frames must be at least 1"),
         (["--prompt-at", "99", "red"], "--prompt-at needs a frame between"),

@@ -166,6 +166,23 @@ def test_windows_that_do_not_fit_are_refused(frames):
         Distill.check(config, params, key="stages.x", block=2)
 
 
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"score_range": [0.1]}, "lowest, highest"),
+        ({"score_range": [0.6, 0.2]}, "score_range"),
+        ({"prefix_frames": []}, "at least one number"),
+        ({"budgets": []}, "at least one number"),
+        ({"student_shift": 0.0}, "student_shift must be above 0"),
+    ],
+)
+def test_settings_of_distillation_that_cannot_be_meant_are_refused(params, message):
+    config = StageConfig(kind="test", steps=100, batch=2, frames=FRAMES)
+    settings = DistillParams(**{"prefix_frames": [4]} | params)
+    with pytest.raises(ConfigError, match=message):
+        Distill.check(config, settings, key="stages.x", block=2)
+
+
 def test_a_stream_grows_by_chunks_and_gives_way_to_a_new_one():
     stage = streaming()
     lengths = [
