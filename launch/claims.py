@@ -132,8 +132,9 @@ def _later_stage(stage: str, first: Sequence[Row], rows: Sequence[Row]) -> list[
 def _few_steps(quality: Sequence[Row], parent: str, child: str) -> list[Claim]:
     """The distilled student is as right as its parent at many steps, and crisper at equally few.
 
-    Crisper means: by more than two standard deviations of the difference. It is judged where the cache has forgotten and the student must invent: few steps give the
-    mean of all gondolas there, and identity says nothing.
+    Crisper means: by more than two standard deviations of the difference. It is judged where the
+    cache has forgotten and the student must invent: few steps give the mean of all gondolas there,
+    and identity says nothing.
     """
     rows = {(row["stage"], row["policy"], row["steps"]): row for row in quality}
     many = max((row["steps"] for row in quality if row["stage"] == parent), default=0)
