@@ -12,10 +12,11 @@ ROOT = Path(__file__).parents[1]
 
 
 def launch_commands() -> list[list[str]]:
-    """Words of every `python -m launch ...` line in the README's blocks of code."""
+    """What follows `python` in every `python -m launch` and `torchrun` line of the README."""
     blocks = (ROOT / "README.md").read_text().split("```")[1::2]
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [shlex.split(x, comments=True) for x in lines if x.startswith("python -m launch ")]
+    lines = [line.replace("torchrun ", "python -m torch.distributed.run ", 1) for line in lines]
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("python ")]
 
 
 @pytest.mark.slow
@@ -31,11 +32,12 @@ def test_every_command_works(tmp_path):
     # The README speaks of the demo, this one is as small as the tiny plan.
     run(["-m", "launch", "run", "configs/tiny.yaml", "name=demo"])
     commands = launch_commands()
-    verbs = {"run", "show", "fit", "sample", "evaluate", "export"}
-    assert {words[3] for words in commands} >= verbs
-    # `fit` comes first: after the whole plan it would only find its stage complete.
-    for words in sorted(commands, key=lambda words: words[3] != "fit"):
-        run(words[1:])
+    verbs = {"run", "show", "ingest", "encode", "fit", "sample", "evaluate", "export"}
+    assert {words[2] for words in commands if words[1] == "launch"} == verbs
+    for words in commands:
+        run(words)
     assert (tmp_path / "x.mp4").stat().st_size > 0
     assert (tmp_path / "runs/demo/again/results.json").is_file()
     assert (tmp_path / "weights/manifest.json").is_file()
+    assert (tmp_path / "runs/parts/teacher/DONE.json").is_file()
+    assert (tmp_path / "runs/two/evaluate/results.json").is_file()
