@@ -85,6 +85,21 @@ def test_a_distillation_that_changed_nothing_fails():
     assert all("crisp frames" in text for text in broken)
 
 
+def test_a_lead_within_two_deviations_is_none():
+    results = good_results()
+    for entry in results["quality"]:
+        if (entry["stage"], entry["steps"]) == ("few", 1):
+            entry["crisp_share"]["std"] = 0.18  # 0.40 against 0.05: a lead of 0.35
+    assert [text[:15] for text in failing(results)] == ["crisp frames of"]
+
+
+def test_nothing_is_asked_of_stages_in_between():
+    results = good_results()
+    results["stages"] = ["many", "few", "control", "streaming"]
+    results["policies"].append(row("salience", 0.1, stage="control", weights=[1.0, 0.0, 0.0]))
+    assert failing(results) == []
+
+
 def test_a_last_stage_that_forgets_fails():
     results = good_results()
     results["policies"][-1]["identity_accuracy"]["mean"] = 0.7
