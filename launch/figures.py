@@ -212,7 +212,8 @@ def target_over_frames(parts: Mapping[str, Sequence[float | None]]) -> Figure:
         axes.plot(values, color=style_of(name).light, linewidth=1.4, label=part)
     axes.axhline(0, color=FAINT, linewidth=0.8)
     axes.set_xlabel("frame of the clip", loc="left")
-    axes.legend(frameon=False, fontsize=8, labelcolor=INK, ncols=3, handlelength=1.2)
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK, ncols=3, handlelength=1.2,
+                loc="lower left", bbox_to_anchor=(0, 1))  # fmt: skip
     return figure
 
 
