@@ -1,11 +1,15 @@
 """What a run must show is judged by its numbers, and can fail."""
 
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launch.claims import Claim, claims_of
+
+ROOT = Path(__file__).parents[2]
 
 
 def row(policy: str, accuracy: float, *, stage: str = "many", tokens: int = 128, **more) -> dict:
@@ -44,6 +48,12 @@ def good_results() -> dict[str, Any]:
         for policy in ("full", "sink_window")
     ]
     return {"stages": ["many", "few", "streaming"], "policies": policies, "quality": quality}
+
+
+def test_the_results_that_come_with_the_code_pass_every_claim():
+    saved = json.loads((ROOT / "benchmarks/results/demo-2-core-cpu.json").read_text())
+    assert len(claims_of(saved["results"])) == 13
+    assert failing(saved["results"]) == []
 
 
 def failing(results: dict[str, Any]) -> list[str]:
