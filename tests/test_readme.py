@@ -32,7 +32,7 @@ def test_every_command_works(tmp_path):
     # The README speaks of the demo, this one is as small as the tiny plan.
     run(["-m", "launch", "run", "configs/tiny.yaml", "name=demo"])
     commands = launch_commands()
-    verbs = {"run", "show", "ingest", "encode", "fit", "sample", "evaluate", "export"}
+    verbs = {"run", "show", "world", "ingest", "encode", "fit", "sample", "evaluate", "export"}
     assert {words[2] for words in commands if words[1] == "launch"} == verbs
     for words in commands:
         run(words)
