@@ -11,7 +11,8 @@ def keep_freed_memory() -> bool:
     """Let this process keep freed memory for its next tensors.
 
     By default glibc hands every large block back to the kernel and gets a fresh one, page by page
-    and filled with zeros, for the next tensor: a fifth of a training step of a small network.
+    and filled with zeros, for the next tensor: a fifth of a training step of a small network on
+    one thread, less on more.
 
     Returns:
         Whether the C library is glibc and took the settings; others are left alone.

@@ -1,6 +1,8 @@
 """Evaluation on a world of two gondolas, with students that were never trained."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +34,9 @@ from launch.student import head_from_config, transformer_from_config
 from models.kv_policy import POLICIES
 
 CLOCK = "frames_per_second"
+
+
+ROOT = Path(__file__).parents[2]
 
 
 def make_config(folder: Path) -> RunConfig:
@@ -121,6 +126,42 @@ def run(config: RunConfig, ckpts: list[Path]) -> Path:
     folder = Path(config.runs_dir) / config.name
     evaluate(config, ckpts, folder / "evaluate")
     return folder
+
+
+def test_an_evaluation_computes_with_the_threads_of_its_run(config, ckpts, tmp_path):
+    before = torch.get_num_threads()
+    torch.set_num_threads(config.trainer.threads + 1)
+    try:
+        with pytest.raises(UserError):
+            evaluate(config, [tmp_path / "absent"], tmp_path / "out")
+        assert torch.get_num_threads() == config.trainer.threads
+    finally:
+        torch.set_num_threads(before)
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from launch.steps import hold_lock
+with hold_lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_folder_that_another_evaluation_writes_is_refused(config, ckpts, tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match=f"found process {holder.pid}"):
+            evaluate(config, ckpts, tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+        holder.communicate()
 
 
 def without_clock(path: Path) -> str:
