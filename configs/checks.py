@@ -81,6 +81,11 @@ def require_blocks(key: str, lengths: Iterable[int], block: int, *, least: int =
         )
 
 
+def require_above_zero(key: str, value: float) -> None:
+    """Raise `ConfigError` unless value > 0."""
+    require(value > 0, f"{key} must be above 0, found {value}")
+
+
 def require_range(key: str, value: float, low: float, high: float) -> None:
     """Raise `ConfigError` unless low <= value <= high."""
     require(low <= value <= high, f"{key} must lie in {low} .. {high}, found {value}")

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from configs.checks import require, require_range
+from configs.checks import require_above_zero, require_range
 from configs.schema import StageConfig
 from data.datamodule import LatentBatch
 from models.attention import QueryGroup, group_teacher_forcing, teacher_forcing_mask
@@ -89,10 +89,7 @@ class Causal(Stage):
         require_range(f"{key}.params.max_recent_blocks", params.max_recent_blocks, 1, 10**6)
         require_range(f"{key}.params.sample_steps", params.sample_steps, 1, 1000)
         for name in ("shift", "sample_shift"):
-            require(
-                getattr(params, name) > 0,
-                f"{key}.params.{name} must be above 0, found {getattr(params, name)}",
-            )
+            require_above_zero(f"{key}.params.{name}", getattr(params, name))
 
     def loss(self, batch: LatentBatch) -> Tensor:
         """Flow matching in the noisy half."""

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from configs.checks import require, require_blocks, require_range
+from configs.checks import require, require_above_zero, require_blocks, require_range
 from configs.schema import StageConfig
 from data.datamodule import LatentBatch
 from models.flow import add_noise, sampling_sigmas, shift_sigma, velocity_to_x0
@@ -84,10 +84,7 @@ class DistributionMatching(Stage):
         require_range(f"{key}.params.student_steps", params.student_steps, 1, 1000)
         require_range(f"{key}.params.student_every", params.student_every, 1, config.steps)
         for name in ("student_shift", "score_shift"):
-            require(
-                getattr(params, name) > 0,
-                f"{key}.params.{name} must be above 0, found {getattr(params, name)}",
-            )
+            require_above_zero(f"{key}.params.{name}", getattr(params, name))
         require(
             len(params.score_range) == 2,
             f"{key}.params.score_range must be [lowest, highest], found {params.score_range}",
