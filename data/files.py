@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from configs.errors import UserError
 
 STARTED = ".started.json"
 """Says whose half-finished work a folder holds."""
+STARTED_PART = f".{STARTED}.part-*"
+"""What is left of a `STARTED` whose writer was killed."""
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -57,23 +60,32 @@ def claim_folder(folder: Path, source_hash: str, *, marker: str, owned: Sequence
         UserError: If the folder holds files, but neither `marker` nor `STARTED`.
     """
     whole, started = _source_hash(folder / marker), _source_hash(folder / STARTED)
-    if whole == source_hash:
-        return True
-    if not is_started(folder, source_hash, marker=marker):
+    is_complete = whole == source_hash
+    if not is_complete and not is_started(folder, source_hash, marker=marker):
         folder.mkdir(parents=True, exist_ok=True)
-        if whole is None and started is None and any(folder.iterdir()):
+        found = {path.name for path in folder.iterdir() if not fnmatch(path.name, STARTED_PART)}
+        if whole is None and started is None and found:
             raise UserError(
-                f"{folder} must be empty or hold what this command wrote before, found other "
-                f"files; choose another folder or empty it"
+                f"{folder} must be empty or hold what this command wrote before, found "
+                f"{min(found)}; choose another folder or empty it"
             )
+        # Whoever is killed in here must leave a folder that is nobody's: neither whole for the
+        # older source nor started for this one while files of the older remain.
+        _write_started(folder, "")
+        (folder / marker).unlink(missing_ok=True)
         for pattern in owned:
             for path in folder.glob(pattern):
                 path.unlink()
-        write_atomically(folder / STARTED, json.dumps({"source_hash": source_hash}).encode())
-        (folder / marker).unlink(missing_ok=True)
+        _write_started(folder, source_hash)
     for path in folder.glob(".*.part-*"):  # left by a writer that was killed
-        path.unlink(missing_ok=True)
-    return False
+        path.unlink()
+    if is_complete and started is not None:
+        (folder / STARTED).unlink()
+    return is_complete
+
+
+def _write_started(folder: Path, source_hash: str) -> None:
+    write_atomically(folder / STARTED, json.dumps({"source_hash": source_hash}).encode())
 
 
 def _source_hash(path: Path) -> str | None:

@@ -153,7 +153,7 @@ def test_a_whole_set_is_left_alone_and_another_source_replaces_it(tmp_path):
 
 def test_foreign_files_are_not_touched(tmp_path):
     (tmp_path / "shard-000000.tar").write_bytes(b"mine")
-    with pytest.raises(UserError, match="other files"):
+    with pytest.raises(UserError, match="must be empty"):
         write_set(tmp_path)
     assert files(tmp_path) == {"shard-000000.tar": b"mine"}
 
