@@ -83,6 +83,9 @@ class Record:
     """Rows of finished jobs, by the key of the job, in a file that survives a kill.
 
     A torn last line is dropped, rows of other settings stay and are not used.
+
+    Raises:
+        UserError: If another line is damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -90,9 +93,15 @@ class Record:
         self._rows: dict[str, list[dict[str, Any]]] = {}
         if path.exists():
             whole = path.read_bytes().rpartition(b"\n")[0]
-            for line in whole.splitlines():
-                entry = json.loads(line)
-                self._rows[entry["key"]] = entry["rows"]
+            for number, line in enumerate(whole.splitlines(), 1):
+                try:
+                    entry = json.loads(line)
+                    self._rows[entry["key"]] = entry["rows"]
+                except (KeyError, TypeError, ValueError) as error:
+                    raise UserError(
+                        f"line {number} of {path} must be a finished rollout, found {line[:40]!r}; "
+                        "delete that line, and its rollout is made again"
+                    ) from error
             write_atomically(path, whole + b"\n" if whole else b"")
 
     def __contains__(self, key: str) -> bool:

@@ -453,3 +453,10 @@ def test_record_drops_a_torn_line_and_goes_on(tmp_path: Path):
     record.add("b", [])
     assert Record(path).rows("a") == [{"x": 1}]
     assert "b" in Record(path)
+
+
+def test_record_names_a_damaged_line(tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"key": "a", "rows": []}\n{"key": "b", "r\x00ws": []}\n')
+    with pytest.raises(UserError, match=r"line 2 of .*rows\.jsonl must be a finished rollout"):
+        Record(path)
