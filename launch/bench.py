@@ -27,7 +27,7 @@ from models.kv_cache import KVCache
 from models.salience import SalienceHead
 from train.memory import keep_freed_memory
 
-VERSION = 5
+VERSION = 6
 """Part of every job's key: raise it when a job gives other numbers than before."""
 
 

@@ -265,7 +265,8 @@ def _targets(
         salience = salience_targets(queries, keys, block_len)
         found.append(mask_short_future(salience, block_len, params.horizon))
 
-    teacher(add_noise(latents, noise, sigma), sigma, clips.text, capture=capture)
+    noisy = add_noise(latents, noise, sigma)
+    teacher(noisy, sigma, clips.text, capture=capture, wanted=0)
     return found
 
 
@@ -283,5 +284,6 @@ def _predictions(
         text,
         mask=mask,
         capture=lambda layer, hidden, queries, keys: found.append(head.predict(layer, hidden)),
+        wanted=0,
     )
     return found

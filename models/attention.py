@@ -202,11 +202,15 @@ def attend(
         keys: [B, N, S, D]
         values: [B, N, S, D]
         mask: Added to the scores, broadcastable to [B, N, Q, S], see `additive_mask`; or groups
-            with such masks.
+            with such masks. The queries may be the last ones only.
         observe: Called with the probabilities.  [B, N, Q, S]
     """
+    if not queries.shape[2]:
+        return queries
     if isinstance(mask, list):
         return _attend_in_groups(queries, keys, values, mask)
+    if mask is not None:
+        mask = mask[..., -queries.shape[2] :, :]
     if observe is None:
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
     scores = queries @ keys.transpose(-1, -2) * queries.shape[-1] ** -0.5
@@ -222,7 +226,8 @@ def _attend_in_groups(
 ) -> Tensor:
     # Splits rather than slices: a slice costs a zero-filled gradient of the whole sequence.
     sizes = [group.size for group in groups]
-    spans = queries.unflatten(2, (2, -1)).split(sizes, dim=3)
+    halves = queries.shape[2] // sum(sizes)  # 2, or 1: noisy queries only
+    spans = queries.unflatten(2, (halves, -1)).split(sizes, dim=3)
     clean_keys, noisy_keys = (half.split(sizes, dim=2) for half in keys.chunk(2, dim=2))
     clean_values, noisy_values = (half.split(sizes, dim=2) for half in values.chunk(2, dim=2))
     attended = [
@@ -230,8 +235,8 @@ def _attend_in_groups(
             span.flatten(2, 3),
             torch.cat([*clean_keys[: i + 1], noisy_keys[i]], dim=2),
             torch.cat([*clean_values[: i + 1], noisy_values[i]], dim=2),
-            attn_mask=group.mask,
-        ).unflatten(2, (2, -1))
+            attn_mask=group.mask[:, :, -halves * group.size :],
+        ).unflatten(2, (halves, -1))
         for i, (span, group) in enumerate(zip(spans, groups, strict=True))
     ]
     return torch.cat(attended, dim=3).flatten(2, 3)

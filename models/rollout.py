@@ -119,10 +119,14 @@ def denoise_block(
 
 @torch.no_grad()
 def refresh(student: VelocityModel, text: Tensor, block: Tensor, *, cache: KVCache) -> None:
-    """Write a finished block into the cache: one pass at noise level 0, then eviction."""
+    """Write a finished block into the cache: one pass at noise level 0, then eviction.
+
+    Its velocity is of no use; all attention of the pass counts, if the policy observes it.
+    """
     frames = torch.arange(cache.num_frames, cache.num_frames + block.shape[1], device=block.device)
     sigma = block.new_zeros(block.shape[:2])
-    student(block.detach(), sigma, text, frames=frames, cache=cache, write=True)
+    wanted = None if cache.policy.observes_attention else 0
+    student(block.detach(), sigma, text, frames=frames, cache=cache, write=True, wanted=wanted)
 
 
 @torch.no_grad()

@@ -250,8 +250,9 @@ class VideoTransformer(nn.Module):
         cache: KVCache | None = None,
         write: bool = False,
         capture: Capture | None = None,
+        wanted: int | None = None,
     ) -> Tensor:
-        """Velocity of every frame.
+        """Velocity of the frames that are wanted.
 
         Args:
             latents: Noisy latents.  [B, F, C, H, W]
@@ -262,16 +263,19 @@ class VideoTransformer(nn.Module):
             cache: Past of the video; its tokens are read before the tokens of this call.
             write: Append this call's tokens to the cache (the clean pass of a finished block).
             capture: See `Capture`.
+            wanted: How many frames, counted from the last, need a velocity; all if not given. The
+                others end with the keys and values that the last layer reads of them; with 0, the
+                call is made for what it writes or captures.
 
         Returns:
-            Estimate of noise - x0.  [B, F, C, H, W]
+            Estimate of noise - x0 of the wanted frames.  [B, wanted, C, H, W]
         """
         grid = self.token_grid(latents)
         x = self.patch_embedding(latents.transpose(1, 2)).flatten(2).transpose(1, 2)  # [B, S, E]
         time, modulation = self.embed_time(sigma)
         text = self.text_embedding(text)
-        if frames is None:
-            frames = torch.arange(latents.shape[1], device=latents.device)
+        every = torch.arange(latents.shape[1], device=latents.device)
+        frames = every if frames is None else frames
         positions = grid_positions(frames, *grid)
         if cache is not None:
             cache.begin(frames, write=write)
@@ -286,11 +290,19 @@ class VideoTransformer(nn.Module):
             queries, keys = rotate(queries, angles), rotate(raw_keys, angles)
             if capture is not None:
                 capture(layer, x, queries, keys)
+            entering = x
+            if wanted is not None and layer == self.num_layers - 1:
+                first = latents.shape[1] - wanted
+                time, parts = time[:, first:], tuple(part[:, first:] for part in parts)
+                first *= grid[0] * grid[1]
+                x, queries = x[:, first:], queries[:, :, first:]
             if cache is None:
                 attended = attend(queries, keys, values, mask=mask)
             else:
                 attended = cache.attend(layer, queries, keys, values)
                 if write:
-                    cache.append(layer, raw_keys, values, positions=positions, hidden=x)
+                    cache.append(layer, raw_keys, values, positions=positions, hidden=entering)
+            if wanted == 0 and layer == self.num_layers - 1:
+                return latents.new_empty(len(latents), 0, self.out_channels, *latents.shape[-2:])
             x = block.finish(x, attended, text, parts)
         return self.unpatchify(self.head(x, time), grid)

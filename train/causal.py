@@ -108,7 +108,8 @@ class Causal(Stage):
             batch.text,
             frames=torch.arange(num_frames, device=device).repeat(2),
             mask=self.mask(seeds, num_frames, device),
-        )[:, num_frames:]
+            wanted=num_frames,
+        )
         return flow_matching_loss(velocity, x0, noise)
 
     def update(self, batch: LatentBatch, step: int) -> dict[str, Tensor | float]:

@@ -81,7 +81,8 @@ class SalienceStage(Stage):
         def capture(layer: int, hidden: Tensor, queries: Tensor, keys: Tensor) -> None:
             found.append(salience_targets(queries, keys, self.block_len))
 
-        self.frozen["teacher"](add_noise(x0, noise, sigma), sigma, batch.text, capture=capture)
+        noisy = add_noise(x0, noise, sigma)
+        self.frozen["teacher"](noisy, sigma, batch.text, capture=capture, wanted=0)
         return mask_short_future(torch.stack(found), self.block_len, self.params.horizon)
 
     @torch.no_grad()
@@ -97,6 +98,7 @@ class SalienceStage(Stage):
             batch.text,
             mask=mask,
             capture=lambda layer, hidden, queries, keys: found.append(hidden),
+            wanted=0,
         )
         return found
 

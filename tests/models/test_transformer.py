@@ -14,7 +14,7 @@ from models.attention import (
 )
 from models.kv_cache import CacheSpec
 from models.kv_policy import build_policy
-from models.rollout import Sampler, make_cache
+from models.rollout import Sampler, make_cache, refresh
 from models.transformer import VideoTransformer
 from tests.models.small import random_transformer
 
@@ -192,7 +192,8 @@ def test_noisy_half_equals_cached_denoising_of_every_block():
             text,
             frames=torch.arange(6).repeat(2),
             mask=teacher_forcing_mask(everything, 12),
-        )[:, 6:]
+            wanted=6,
+        )
         for f in range(0, 6, 2):
             span, frames = slice(f, f + 2), torch.arange(f, f + 2)
             got = network(noisy[:, span], sigma[:, span], text, frames=frames, cache=cache)
@@ -206,3 +207,64 @@ def test_a_patch_that_does_not_fit_is_refused():
         make(patch_size=(1, 2, 2))(
             torch.randn(1, 1, 16, 3, 4), torch.zeros(1, 1), torch.zeros(1, 1, 20)
         )
+
+
+@pytest.mark.parametrize("kind", ["bidirectional", "dense", "grouped", "cached"])
+def test_wanted_frames_are_the_last_of_all_with_the_same_gradients(kind):
+    network, wanted = make(), 4
+    latents, text = torch.randn(2, 8, 16, 2, 3), torch.randn(2, 4, 20)
+    sigma = torch.rand(2, 8)
+    given: dict = {"frames": torch.arange(4).repeat(2) if kind == "grouped" else torch.arange(8)}
+    if kind == "dense":
+        given["mask"] = block_causal_mask(4, 12)[None, None]
+    if kind == "grouped":
+        dense = teacher_forcing_mask(torch.ones(1, 24, 24, dtype=torch.bool), 12)
+        given["mask"] = group_teacher_forcing(dense, 12, 2)
+
+    def answers(**more):
+        if kind == "cached":
+            more |= {"cache": one_block_cache(network), "frames": torch.arange(2, 10)}
+        network.zero_grad()
+        velocity = network(latents, sigma, text, **(given | more))[:, -wanted:]
+        velocity.square().mean().backward()
+        return velocity, [parameter.grad.clone() for parameter in network.parameters()]
+
+    for found, expected in zip(answers(wanted=wanted), answers(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def one_block_cache(network):
+    """A cache that holds one block of two frames."""
+    cache = make_cache(
+        network,
+        spec=CacheSpec(budget_tokens=1, tokens_per_frame=6, frames_per_block=2),
+        policy=build_policy("full"),
+        seeds=torch.arange(2),
+        sampler=Sampler([1.0, 0.0]),
+    )
+    block = torch.randn(2, 2, 16, 2, 3, generator=torch.Generator().manual_seed(1))
+    refresh(network, torch.zeros(2, 4, 20), block, cache=cache)
+    return cache
+
+
+def test_a_pass_without_wanted_frames_writes_and_captures_the_same():
+    network = make()
+    latents, sigma, text = torch.randn(2, 2, 16, 2, 3), torch.zeros(2, 2), torch.randn(2, 4, 20)
+    seen = {}
+    for wanted in (None, 0):
+        cache, captured = one_block_cache(network), []
+        velocity = network(
+            latents,
+            sigma,
+            text,
+            frames=torch.arange(2, 4),
+            cache=cache,
+            write=True,
+            capture=lambda *found, to=captured: to.extend(found[1:]),
+            wanted=wanted,
+        )
+        assert velocity.shape == (2, 2 if wanted is None else 0, 16, 2, 3)
+        held = [part for layer in cache.layers for part in (layer.keys, layer.values)]
+        seen[wanted] = [*held, *captured]
+    for found, expected in zip(seen[0], seen[None], strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
