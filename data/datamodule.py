@@ -44,26 +44,6 @@ class LatentBatch:
             meta=self.meta,
         )
 
-    def cut(self, frames: int) -> "LatentBatch":
-        """All samples in consecutive pieces; frames that fill no piece are left out.
-
-        The pieces of a sample share its seed, and its `start` in `meta`.
-
-        Args:
-            frames: Latent frames of a piece.
-
-        Returns:
-            First pieces of all samples, then the second ones.  [B * (F // frames), frames, ...]
-        """
-        pieces = self.latents.shape[1] // frames
-        return LatentBatch(
-            latents=torch.cat(self.latents[:, : pieces * frames].split(frames, dim=1)),
-            text=self.text.repeat(pieces, 1, 1),
-            keys=self.keys * pieces,
-            seeds=self.seeds.repeat(pieces),
-            meta=self.meta * pieces,
-        )
-
 
 @dataclass(frozen=True)
 class Sample:

@@ -6,7 +6,7 @@ the whole window, and the difference of their estimates is the student's gradien
 Source: Self-Forcing, arXiv:2506.08009; DMD2, arXiv:2405.14867.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -60,13 +60,10 @@ class DistillParams(DistributionMatchingParams):
     """Settings of the stage, besides those it shares with `streaming`.
 
     Attributes:
-        windows: Lengths in frames, one drawn per step, to which clips are cut; empty = never cut.
-        prefix_frames: True frames that a rollout continues; one of those that are shorter than the
-            window is drawn per step.
+        prefix_frames: True frames that a rollout continues; one is drawn per step.
         budgets: Tokens per layer during rollouts, under random eviction; one is drawn per step.
     """
 
-    windows: list[int] = field(default_factory=list)
     prefix_frames: list[int] = field(default_factory=lambda: [24])
     budgets: list[int] = field(default_factory=lambda: [128])
 
@@ -210,17 +207,12 @@ class Distill(DistributionMatching):
         require_blocks(f"{key}.params.prefix_frames", params.prefix_frames, block, least=0)
         for frames in params.prefix_frames:
             require_range(f"{key}.params.prefix_frames", frames, 0, config.frames - block)
-        require_blocks(f"{key}.params.windows", params.windows, block)
-        for frames in params.windows:
-            shortest = min(params.prefix_frames) + block
-            require_range(f"{key}.params.windows", frames, shortest, config.frames)
 
     def rollout(self, batch: LatentBatch, step: int, *, grad: bool) -> tuple[Tensor, Tensor]:
         """A window of true prefix and generated frames, and the mask of the generated ones."""
         params = self.params
         num_frames = batch.latents.shape[1]
-        prefixes = [frames for frames in params.prefix_frames if frames < num_frames]
-        prefix_frames = step_choice(prefixes, self.seed, step, "prefix")
+        prefix_frames = step_choice(params.prefix_frames, self.seed, step, "prefix")
         seeds = derive_seeds(batch.seeds, "rollout").to(batch.latents.device)
         cache = make_cache(
             self.engine("student").module,
@@ -250,18 +242,9 @@ class Distill(DistributionMatching):
         window = torch.cat([prefix, generated], dim=1)
         return window, torch.arange(window.shape[1], device=window.device) >= prefix_frames
 
-    def in_window(self, batch: LatentBatch, step: int) -> LatentBatch:
-        """`batch` cut to the length of this step, with a seed for every piece."""
-        if not self.params.windows:
-            return batch
-        cut = batch.cut(step_choice(self.params.windows, self.seed, step, "window"))
-        pieces = len(cut.seeds) // len(batch.seeds)
-        seeds = [derive_seeds(batch.seeds, "piece", number) for number in range(pieces)]
-        return replace(cut, seeds=torch.cat(seeds))
-
     def update(self, batch: LatentBatch, step: int) -> dict[str, Tensor | float]:
         """A critic step on fresh rollouts, preceded by a student step on the same ones when due."""
-        parts = self.micro_batches(self.in_window(batch, step))
+        parts = self.micro_batches(batch)
         windows: list[tuple[Tensor, Tensor]] = []
         metrics: dict[str, Tensor | float] = {}
 

@@ -55,19 +55,6 @@ def test_a_window_matches_the_truth_at_its_start(sets):
     assert max(starts) <= 21 - 6
 
 
-def test_a_batch_cut_to_pieces_keeps_frames_captions_and_order(sets):
-    (batch,) = module(sets, num_batches=1).train_dataloader()
-    cut = batch.cut(2)
-    assert cut.latents.shape == (6, 2, 16, 2, 4)
-    assert cut.keys == batch.keys * 3
-    for number in range(3):
-        piece = slice(2 * number, 2 * number + 2)
-        assert torch.equal(cut.latents[piece], batch.latents[:, piece])
-        assert torch.equal(cut.text[piece], batch.text)
-        assert torch.equal(cut.seeds[piece], batch.seeds)
-    assert torch.equal(batch.cut(4).latents, batch.latents[:, :4])  # the rest fills no piece
-
-
 def test_two_ranks_with_two_workers_see_every_sample_once_per_epoch(sets):
     """13 samples, 4 per step: 26 positions = two epochs after 6.5 steps; 13 steps = 4 epochs."""
     loaders = [

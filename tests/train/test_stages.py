@@ -135,37 +135,6 @@ def test_with_clean_context_the_judged_window_keeps_its_prefix():
         assert (sigma[:, 4:] > 0).all()
 
 
-def test_windows_give_every_piece_of_a_clip_noise_of_its_own():
-    whole = batch()
-    assert distill().in_window(whole, 0) is whole
-    stage = distill(windows=[6])
-    cut = stage.in_window(whole, 0)
-    assert cut.latents.shape[:2] == (4, 6)
-    assert cut.seeds.unique().numel() == 4
-    before = weights_of(stage.networks["student"])
-    stage.update(whole, 0)
-    assert changed(stage.networks["student"], before)
-    several = distill(windows=[6, 12])
-    assert {several.in_window(whole, step).latents.shape[1] for step in range(20)} == {6, 12}
-
-
-def test_a_rollout_takes_a_prefix_that_its_window_leaves_room_for():
-    stage = distill(windows=[6])
-    stage.params.prefix_frames = [4, 10]
-    for step in range(8):
-        window, mask = stage.rollout(stage.in_window(batch(), step), step, grad=False)
-        assert window.shape[:2] == (4, 6)
-        assert mask.tolist() == 4 * [False] + 2 * [True]
-
-
-@pytest.mark.parametrize("frames", [4, 5, FRAMES + 2])
-def test_windows_that_do_not_fit_are_refused(frames):
-    config = StageConfig(kind="test", steps=100, batch=2, frames=FRAMES)
-    params = DistillParams(windows=[frames], prefix_frames=[4])
-    with pytest.raises(ConfigError, match=r"stages\.x\.params\.windows"):
-        Distill.check(config, params, key="stages.x", block=2)
-
-
 @pytest.mark.parametrize(
     ("params", "message"),
     [
