@@ -27,8 +27,9 @@ from models.kv_cache import KVCache
 from models.salience import SalienceHead
 from train.memory import keep_freed_memory
 
-VERSION = 6
+VERSION = 7
 """Part of every job's key: raise it when a job gives other numbers than before."""
+CLIPS_PER_UNTRAINED_HEAD = 2
 
 
 @dataclass(frozen=True)
@@ -105,16 +106,17 @@ class Bench:
         return student
 
     def entries(self, job: Job, clips: HeldOut) -> list[tuple[Student, HeldOut]]:
-        """Who rolls out which clips; every seed has an untrained head of its own.
+        """Who rolls out which clips; `CLIPS_PER_UNTRAINED_HEAD` share a head.
 
-        Untrained heads differ much, so that one of them would say little.
+        Untrained heads differ much: what a random direction of the hidden state tells apart is
+        chance, so that a few of them would say little.
         """
         student = self.student_for(job)
         if job.contestant.head != "untrained":
             return [(student, clips)]
         return [
-            (replace(student, head=_untrained(student, seed)), part)
-            for seed, part in clips.by_seed().items()
+            (replace(student, head=_untrained(student, number)), part)
+            for number, part in enumerate(clips.split(CLIPS_PER_UNTRAINED_HEAD))
         ]
 
     def run(self, job: Job) -> list[dict[str, Any]]:

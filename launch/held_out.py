@@ -46,12 +46,10 @@ class HeldOut:
                 chosen.append(index)
         return self._choose(chosen)
 
-    def by_seed(self) -> "dict[int, HeldOut]":
-        """The clips of each seed."""
-        return {
-            seed: self._choose([i for i, group in enumerate(self.groups) if group == seed])
-            for seed in dict.fromkeys(self.groups)
-        }
+    def split(self, size: int) -> "list[HeldOut]":
+        """All clips in their order, `size` at a time; the last part may have fewer."""
+        every = range(len(self.groups))
+        return [self._choose([*every[start : start + size]]) for start in every[::size]]
 
     def _choose(self, indices: list[int]) -> "HeldOut":
         return HeldOut(

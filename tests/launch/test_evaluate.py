@@ -322,14 +322,15 @@ def test_untrained_head_keeps_the_statistics_but_not_the_weights(
     assert torch.equal(fresh.layers[0].up.weight, again.layers[0].up.weight)
 
 
-def test_every_seed_has_an_untrained_head_of_its_own(
-    run: Path, config: RunConfig, ckpts: list[Path]
+def test_every_few_clips_have_an_untrained_head_of_their_own(
+    run: Path, config: RunConfig, ckpts: list[Path], monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr("launch.bench.CLIPS_PER_UNTRAINED_HEAD", 3)
     bench = load_bench(config, ckpts, run / "evaluate" / "clips")
     contestant = Contestant("untrained_head", "salience", (), "untrained", True)
     job = Job("policies", "head", contestant, 32, (12,), age_weight=0.0)
     entries = bench.entries(job, bench.clips)
-    assert [part.groups for _, part in entries] == [[3, 3], [5, 5]]
+    assert [part.groups for _, part in entries] == [[3, 3, 5], [5]]
     assert torch.equal(torch.cat([part.latents for _, part in entries]), bench.clips.latents)
     first, second = (student.head.layers[0].up.weight for student, _ in entries)
     assert not torch.equal(first, second)
