@@ -272,7 +272,7 @@ class EvaluateConfig:
     long_budgets: list[int] = field(default_factory=list)
     """Budgets on stages after the first, and beyond the shortest length; empty = all."""
     long_clips_per_seed: int = 8
-    """Clips of each seed there, and in the comparison of step counts."""
+    """Clips of each seed there, at `reference_steps` and in rollouts from the caption alone."""
     unbounded_frames: int = 240
     """Longest rollout of the policy that keeps everything; its time grows with the square."""
 

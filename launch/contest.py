@@ -199,16 +199,21 @@ def _other_jobs(
     Sharpness is asked of a cache that forgets nothing, where the next frame is all but known, and
     of a window that has forgotten, where it must be invented.
     """
-    shared: dict[str, Any] = {"clips_per_seed": settings.long_clips_per_seed}
     budget, frames = settings.budgets[-1], (min(settings.frames),)
+    clips = dict.fromkeys(settings.quality_steps, settings.clips_per_seed)
+    if is_first:
+        clips[settings.reference_steps] = settings.long_clips_per_seed
     quality = [
-        Job("quality", stage, Contestant(policy, policy), budget, frames, steps=steps, **shared)
+        Job("quality", stage, Contestant(policy, policy), budget, frames,
+            steps=steps, clips_per_seed=count)
         for policy in QUALITY_POLICIES
-        for steps in [*settings.quality_steps, *([settings.reference_steps] if is_first else [])]
-    ]
+        for steps, count in clips.items()
+    ]  # fmt: skip
     free = [
-        Job("prefix_free", stage, contestant, budget, frames, **shared) for contestant in contenders
-    ]
+        Job("prefix_free", stage, contestant, budget, frames,
+            clips_per_seed=settings.long_clips_per_seed)
+        for contestant in contenders
+    ]  # fmt: skip
     return quality + free
 
 
