@@ -78,7 +78,7 @@ def claim_folder(folder: Path, source_hash: str, *, marker: str, owned: Sequence
                 path.unlink()
         _write_started(folder, source_hash)
     for path in folder.glob(".*.part-*"):  # left by a writer that was killed
-        path.unlink()
+        path.unlink(missing_ok=True)
     if is_complete and started is not None:
         (folder / STARTED).unlink()
     return is_complete

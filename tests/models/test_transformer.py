@@ -142,19 +142,24 @@ def test_grouped_mask_equals_the_dense_one(num_groups):
     torch.testing.assert_close(grouped, dense, rtol=1e-5, atol=1e-5)
 
 
+def full_cache(network, num_samples):
+    """An empty cache that keeps everything, for frames of six tokens and blocks of two frames."""
+    return make_cache(
+        network,
+        spec=CacheSpec(budget_tokens=1, tokens_per_frame=6, frames_per_block=2),
+        policy=build_policy("full"),
+        seeds=torch.arange(num_samples),
+        sampler=Sampler([1.0, 0.0]),
+    )
+
+
 @pytest.mark.parametrize("num_frames", [2, 6, 14])
 def test_block_by_block_with_unbounded_cache_equals_one_causal_pass(num_frames):
     network = make()
     latents, text = torch.randn(2, num_frames, 16, 2, 3), torch.randn(2, 4, 20)
     sigma = torch.rand(2, num_frames)
     mask = block_causal_mask(num_frames // 2, 12)
-    cache = make_cache(
-        network,
-        spec=CacheSpec(budget_tokens=1, tokens_per_frame=6, frames_per_block=2),
-        policy=build_policy("full"),
-        seeds=torch.arange(2),
-        sampler=Sampler([1.0, 0.0]),
-    )
+    cache = full_cache(network, 2)
     with torch.no_grad():
         blocks = [
             network(
@@ -178,13 +183,7 @@ def test_noisy_half_equals_cached_denoising_of_every_block():
     clean, noisy = torch.randn(1, 6, 16, 2, 3), torch.randn(1, 6, 16, 2, 3)
     text, sigma = torch.randn(1, 4, 20), torch.rand(1, 6)
     everything = torch.ones(1, 36, 36, dtype=torch.bool)
-    cache = make_cache(
-        network,
-        spec=CacheSpec(budget_tokens=1, tokens_per_frame=6, frames_per_block=2),
-        policy=build_policy("full"),
-        seeds=torch.arange(1),
-        sampler=Sampler([1.0, 0.0]),
-    )
+    cache = full_cache(network, 1)
     with torch.no_grad():
         trained = network(
             torch.cat([clean, noisy], dim=1),
@@ -235,13 +234,7 @@ def test_wanted_frames_are_the_last_of_all_with_the_same_gradients(kind):
 
 def one_block_cache(network):
     """A cache that holds one block of two frames."""
-    cache = make_cache(
-        network,
-        spec=CacheSpec(budget_tokens=1, tokens_per_frame=6, frames_per_block=2),
-        policy=build_policy("full"),
-        seeds=torch.arange(2),
-        sampler=Sampler([1.0, 0.0]),
-    )
+    cache = full_cache(network, 2)
     block = torch.randn(2, 2, 16, 2, 3, generator=torch.Generator().manual_seed(1))
     refresh(network, torch.zeros(2, 4, 20), block, cache=cache)
     return cache
