@@ -391,6 +391,14 @@ def test_by_default_every_policy_meets_every_budget_and_length_in_every_stage():
                         assert (stage, contestant, budget, frames) in met
 
 
+def test_few_steps_are_compared_on_all_clips_and_the_costly_reference_on_fewer():
+    settings = EvaluateConfig(clips_per_seed=9, long_clips_per_seed=2)
+    jobs = plan_jobs(settings, has_head={"causal": True, "streaming": True})
+    found = {(job.stage, job.steps, job.clips_per_seed) for job in jobs if job.section == "quality"}
+    few = {(stage, steps, 9) for stage in ("causal", "streaming") for steps in (1, 2)}
+    assert found == few | {("causal", 32, 2)}
+
+
 def test_misspelled_contender_is_an_error_with_a_hint():
     settings = EvaluateConfig(contenders=["full", "sink_windw"])
     with pytest.raises(UserError, match=r"evaluate\.contenders .* did you mean 'sink_window'"):
