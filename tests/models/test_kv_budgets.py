@@ -125,7 +125,7 @@ def test_what_cake_cannot_work_with_is_refused():
         {"spatial": [1.0, -1.0], "temporal": [1.0, 1.0]},
         {"spatial": [1.0], "temporal": [math.nan]},
     ):
-        with pytest.raises(ValueError, match="finite and >= 0"):
+        with pytest.raises(ValueError, match="entropy and variance must be finite and >= 0"):
             entropy(100, 1, **bad)
     with pytest.raises(ValueError, match="temperatures must be greater than 0, got 0"):
         entropy(100, 1, spatial=[1.0], temporal=[1.0], spatial_temperature=0)
