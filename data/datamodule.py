@@ -1,10 +1,12 @@
 """From latent shards to batches, in an order that nothing can disturb."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import lightning as L
 import torch
@@ -15,6 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from data.order import OrderPlan
 from data.shards import BadSample, BadShard, ShardSet
+
+if TYPE_CHECKING:
+    from data.targets import TargetSet
 
 WORKER_TIMEOUT = 300
 """Seconds after which a silent loader process is an error and no longer a wait."""
@@ -34,15 +39,21 @@ class LatentBatch:
     meta: list[dict[str, Any]]
     """The samples' `json`, and `start`: the pixel frame that the first latent shows."""
 
-    def to(self, device: torch.device | str) -> "LatentBatch":
+    def to(self, device: torch.device | str) -> Self:
         """The batch with its tensors on a device; seeds stay on the host, where they are used."""
-        return LatentBatch(
-            latents=self.latents.to(device),
-            text=self.text.to(device),
-            keys=self.keys,
-            seeds=self.seeds,
-            meta=self.meta,
-        )
+        return replace(self, latents=self.latents.to(device), text=self.text.to(device))
+
+
+@dataclass
+class TargetBatch(LatentBatch):
+    """The same with what a teacher has said of the samples."""
+
+    targets: Tensor
+    """Salience of every token in each layer, float32, NaN where undefined [B, L, S, 3]."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """As for any batch."""
+        return replace(super().to(device), targets=self.targets.to(device))
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,15 @@ class Sample:
     text: Tensor
     """Padded with zeros to the set's text length, float32 [T, E]."""
     meta: dict[str, Any]
+
+    def window(self, start: int, frames: int) -> Sample:
+        """`frames` frames from latent frame `start` on; `meta` then says where that is."""
+        shown = self.meta["clip_start"] + start * self.meta["every"]
+        return replace(
+            self,
+            latents=self.latents[start : start + frames],
+            meta={**self.meta, "start": shown},
+        )
 
 
 def read_sample(shards: ShardSet, index: int) -> Sample:
@@ -80,6 +100,17 @@ def read_sample(shards: ShardSet, index: int) -> Sample:
     return Sample(key=key, latents=latents, text=text, meta=meta)
 
 
+def require_frames(shards: ShardSet, frames: int) -> None:
+    """Raise `BadShard` if a clip has fewer than `frames` latent frames."""
+    for index in range(len(shards)):
+        entry = shards.entry(index)
+        if entry.frames < frames:
+            raise BadShard(
+                f"{shards.root}::{entry.key} must have at least {frames} latent frames, found "
+                f"{entry.frames}; lower the stage's `frames` or encode longer clips"
+            )
+
+
 class LatentBatches(Dataset[LatentBatch]):
     """The batches of one rank; item t is a pure function of the shards, the seed and t."""
 
@@ -92,6 +123,7 @@ class LatentBatches(Dataset[LatentBatch]):
         frames: int,
         rank: int,
         world: int,
+        targets: TargetSet | None = None,
     ) -> None:
         """Keep what the batches follow from.
 
@@ -102,6 +134,7 @@ class LatentBatches(Dataset[LatentBatch]):
             frames: Latent frames per sample.
             rank: Number of this rank.
             world: Number of ranks.
+            targets: What a teacher has said of the same shards and frames, for `TargetBatch`es.
 
         Raises:
             BadShard: If a clip has fewer than `frames` frames.
@@ -112,39 +145,37 @@ class LatentBatches(Dataset[LatentBatch]):
         self.frames = frames
         self.rank = rank
         self.world = world
-        for index in range(len(shards)):
-            entry = shards.entry(index)
-            if entry.frames < frames:
-                raise BadShard(
-                    f"{shards.root}::{entry.key} must have at least {frames} latent frames, found "
-                    f"{entry.frames}; lower the stage's `frames` or encode longer clips"
-                )
+        self.targets = targets
+        require_frames(shards, frames)
 
     def __getitem__(self, number: int) -> LatentBatch:
         """Batch number `number` of this rank, counted from the start of the stage."""
         first = (number * self.world + self.rank) * self.batch_size
         places = [self.plan.at(first + offset) for offset in range(self.batch_size)]
         samples = [self._window(epoch, index) for epoch, index in places]
-        return LatentBatch(
+        batch = LatentBatch(
             latents=torch.stack([sample.latents for sample in samples]),
             text=torch.stack([sample.text for sample in samples]),
             keys=[sample.key for sample in samples],
             seeds=torch.tensor([self.plan.sample_seed(epoch, index) for epoch, index in places]),
             meta=[sample.meta for sample in samples],
         )
+        if self.targets is None:
+            return batch
+        stored = torch.stack([self.targets.read(index) for _, index in places])
+        return TargetBatch(**vars(batch), targets=stored)
 
     def _window(self, epoch: int, index: int) -> Sample:
-        """A sample, cut to `frames` frames from a start of its own in each epoch."""
+        """A sample, cut to `frames` frames.
+
+        They start at a place of their own in each epoch, or where the stored targets have them.
+        """
         sample = read_sample(self.shards, index)
+        if self.targets is not None:
+            return self.targets.window(sample)
         spare = len(sample.latents) - self.frames
         start = int(self.plan.generator("window", epoch, index).integers(spare + 1))
-        shown = sample.meta["clip_start"] + start * sample.meta["every"]
-        return Sample(
-            key=sample.key,
-            latents=sample.latents[start : start + self.frames],
-            text=sample.text,
-            meta={**sample.meta, "start": shown},
-        )
+        return sample.window(start, self.frames)
 
 
 class LatentDataModule(L.LightningDataModule):
@@ -166,6 +197,7 @@ class LatentDataModule(L.LightningDataModule):
         window_shards: int = 4,
         rank: int | None = None,
         world: int | None = None,
+        targets: TargetSet | None = None,
     ) -> None:
         """Open the shards, so that a damaged set is found before training starts.
 
@@ -180,6 +212,7 @@ class LatentDataModule(L.LightningDataModule):
             window_shards: Shards that are read at the same time.
             rank: Number of this rank; None = the Trainer's, or 0 without one.
             world: Number of ranks; None = the Trainer's, or 1 without one.
+            targets: As in `LatentBatches`.
 
         Raises:
             BadShard: If the set is missing or damaged, or a clip is too short.
@@ -195,6 +228,7 @@ class LatentDataModule(L.LightningDataModule):
         self.window_shards = window_shards
         self.rank = rank
         self.world = world
+        self.targets = targets
         self.batches()
 
     def batches(self) -> LatentBatches:
@@ -210,6 +244,7 @@ class LatentDataModule(L.LightningDataModule):
             frames=self.frames,
             rank=rank,
             world=world,
+            targets=self.targets,
         )
 
     def train_dataloader(self) -> DataLoader[LatentBatch]:

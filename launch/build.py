@@ -1,6 +1,6 @@
 """From a config to a stage that can be trained: networks, their inputs, data, and the export."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ from configs.load import config_hash, parse_section, to_dict
 from configs.schema import RunConfig, StageConfig
 from data.codec import build_codec
 from data.datamodule import LatentDataModule
+from data.shards import ShardSet
+from data.targets import STORED, TargetSet, TargetSource
 from launch.export import Export, load_export, load_weights, write_export
-from launch.plan import data_folder, run_folder
+from launch.plan import data_folder, run_folder, targets_folder
 from launch.student import head_from_config, transformer_from_config
 from train.causal import Causal
 from train.distill import Distill
@@ -93,8 +95,15 @@ def input_paths(config: RunConfig, stage: StageConfig) -> dict[str, Path]:
     }
 
 
-def load_inputs(config: RunConfig, stage_name: str) -> dict[str, Export]:
+def load_inputs(
+    config: RunConfig, stage_name: str, *, roles: Iterable[str] | None = None
+) -> dict[str, Export]:
     """The exports a stage starts from, checked for role and network geometry.
+
+    Args:
+        config: Of the run.
+        stage_name: Of the stage.
+        roles: Only these inputs; None = all.
 
     Raises:
         UserError: If one is missing, has another role, or was made with another network.
@@ -103,6 +112,8 @@ def load_inputs(config: RunConfig, stage_name: str) -> dict[str, Export]:
     expected = {"teacher": "teacher", "student": "student", "critic": "student"}
     exports = {}
     for role, path in input_paths(config, stage).items():
+        if roles is not None and role not in roles:
+            continue
         if role not in expected:
             raise ConfigError(
                 f"stages.{stage_name}.inputs knows the roles {list(expected)}, found {role!r}"
@@ -152,6 +163,31 @@ def _build_network(
     )
 
 
+def new_stage(
+    config: RunConfig, stage_name: str, exports: Mapping[str, Export], *, frozen: Iterable[str]
+) -> Stage:
+    """A stage with its trainable networks and those of its frozen ones that are named."""
+    settings = config.stages[stage_name]
+    cls = stage_type(settings.kind)
+    grid = token_grid(config)
+    trained, read = (
+        {
+            name: _build_network(config, stage_name, name, sources, exports)
+            for name, sources in wanted.items()
+        }
+        for wanted in (cls.network_sources, {name: cls.frozen_sources[name] for name in frozen})
+    )
+    return cls(
+        settings,
+        seed=stage_seed(config, stage_name),
+        networks=trained,
+        frozen=read,
+        params=parse_section(cls.params_type, settings.params, key=f"stages.{stage_name}.params"),
+        frames_per_block=config.model.frames_per_block,
+        frame_seq_len=grid[0] * grid[1],
+    )
+
+
 def build_stage(config: RunConfig, stage_name: str) -> tuple[Stage, LatentDataModule]:
     """A stage with its networks, and its data, ready for `fit`.
 
@@ -159,35 +195,36 @@ def build_stage(config: RunConfig, stage_name: str) -> tuple[Stage, LatentDataMo
         UserError: If the config, an input or the data set does not fit.
     """
     settings = config.stages[stage_name]
-    cls = stage_type(settings.kind)
     exports = load_inputs(config, stage_name)
-    grid = token_grid(config)
-    networks, frozen = (
-        {
-            name: _build_network(config, stage_name, name, sources, exports)
-            for name, sources in wanted.items()
-        }
-        for wanted in (cls.network_sources, cls.frozen_sources)
-    )
-    stage = cls(
-        settings,
-        seed=stage_seed(config, stage_name),
-        networks=networks,
-        frozen=frozen,
-        params=parse_section(cls.params_type, settings.params, key=f"stages.{stage_name}.params"),
-        frames_per_block=config.model.frames_per_block,
-        frame_seq_len=grid[0] * grid[1],
-    )
+    frozen = stage_type(settings.kind).frozen_sources
+    stage = new_stage(config, stage_name, exports, frozen=frozen)
+    targets = None
+    if isinstance(stage, SalienceStage) and stage.params.targets == STORED:
+        source = target_source(config, stage, exports["teacher"])
+        targets = TargetSet(targets_folder(config, stage_name), source)
     datamodule = LatentDataModule(
         latents_folder(config),
         batch_size=settings.batch * settings.accumulate,
         frames=settings.frames,
-        seed=stage_seed(config, stage_name),
+        seed=stage.seed,
         workers=config.data.workers,
         window_shards=config.data.window_shards,
         num_batches=settings.steps,
+        targets=targets,
     )
     return stage, datamodule
+
+
+def target_source(config: RunConfig, stage: SalienceStage, teacher: Export) -> TargetSource:
+    """What the stored targets of a stage must be made from."""
+    return TargetSource(
+        clips=ShardSet(latents_folder(config)).hash,
+        teacher=teacher.hash,
+        sigma=stage.params.sigma,
+        frames=stage.config.frames,
+        block_len=stage.block_len,
+        precision=config.trainer.precision,
+    )
 
 
 def run_stage(config: RunConfig, stage_name: str) -> None:

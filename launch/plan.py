@@ -9,6 +9,7 @@ from configs.errors import ConfigError
 from configs.load import config_hash, nearest, parse_section, save_config, to_dict
 from configs.schema import FREE_STAGE_KEYS, RunConfig
 from data.ingest import encode, ingest
+from data.targets import STORED
 from launch.export import find_export, read_manifest
 from launch.source import fingerprint, list_videos, write_list
 from launch.steps import Step, is_leader, run_one_step, run_steps
@@ -27,7 +28,8 @@ def plan_steps(config: RunConfig) -> list[Step]:
         UserError: If the videos or an export that the plan starts from are missing.
     """
     steps = _data_steps(config)
-    steps += [_stage_step(config, name) for name in config.stages]
+    for name in config.stages:
+        steps += [*_target_steps(config, name), _stage_step(config, name)]
     if config.evaluate.stages:
         steps += _closing_steps(config)
     return steps
@@ -43,7 +45,7 @@ def run(config: RunConfig) -> None:
 
 
 def run_one(config: RunConfig, name: str) -> None:
-    """Carry out one step, whose parents must be complete.
+    """Carry out one step, whose parents must be complete; a stage's targets are written first.
 
     Raises:
         UserError: If there is no such step, a parent is not complete, the plan cannot work, or
@@ -54,7 +56,9 @@ def run_one(config: RunConfig, name: str) -> None:
     if name not in names:
         raise ConfigError(f"the plan has the steps {names}, found {name!r}{nearest(name, names)}")
     check = (lambda: check_stages(config)) if name in config.stages else None
-    run_one_step(steps, name, root=run_folder(config), check=check)
+    for wanted in (_target_step_name(name), name):
+        if wanted in names:
+            run_one_step(steps, wanted, root=run_folder(config), check=check)
 
 
 def check_stages(config: RunConfig) -> None:
@@ -91,6 +95,15 @@ def _check_cache(params: dict[str, Any], key: str, config: RunConfig) -> None:
 def data_folder(config: RunConfig) -> Path:
     """Where the world and the shards of a run lie."""
     return run_folder(config) / "data"
+
+
+def targets_folder(config: RunConfig, stage_name: str) -> Path:
+    """Where the stored targets of a stage lie, if it reads such."""
+    return data_folder(config) / _target_step_name(stage_name)
+
+
+def _target_step_name(stage_name: str) -> str:
+    return f"targets-{stage_name}"  # no stage is called so: a stage's name has no hyphen
 
 
 def _data_steps(config: RunConfig) -> list[Step]:
@@ -134,15 +147,58 @@ def _data_step(
     )
 
 
+def _origins(
+    config: RunConfig, stage_name: str, *roles: str
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Inputs of a stage by role: hashes of exports from elsewhere, names of stages of the plan.
+
+    Args:
+        config: Of the run.
+        stage_name: Of the stage.
+        *roles: Only these; all if there are none.
+    """
+    inputs = config.stages[stage_name].inputs
+    inputs = {role: inputs[role] for role in inputs if role in roles or not roles}
+    external = {
+        role: config_hash(read_manifest(find_export(Path(origin))))
+        for role, origin in inputs.items()
+        if origin not in config.stages
+    }
+    return external, {role: origin for role, origin in inputs.items() if origin in config.stages}
+
+
+def _target_steps(config: RunConfig, name: str) -> list[Step]:
+    """The step that writes what a stage's teacher says of every clip, if the stage reads it."""
+    stage = config.stages[name]
+    if stage.params.get("targets") != STORED:
+        return []
+    external, roles = _origins(config, name, "teacher")
+    folder = targets_folder(config, name)
+    settings = {
+        "inputs": external,
+        "sigma": stage.params.get("sigma"),
+        "frames": stage.frames,
+        "model": config.model,
+        "precision": config.trainer.precision,
+        "samples_per_shard": config.data.samples_per_shard,
+    }
+    step = Step(
+        name=folder.name,
+        folder=folder,
+        settings=settings,
+        run=lambda: _write_targets(config, name),
+        parents=("encode", *roles.values()),
+        outputs=(folder,),
+        records=data_folder(config) / "steps" / folder.name,
+    )
+    return [step]
+
+
 def _stage_step(config: RunConfig, name: str) -> Step:
     stage, folder = config.stages[name], run_folder(config) / name
     own = {key: value for key, value in to_dict(stage).items() if key not in FREE_STAGE_KEYS}
-    external = {
-        role: config_hash(read_manifest(find_export(Path(origin))))
-        for role, origin in stage.inputs.items()
-        if origin not in config.stages
-    }
-    roles = {role: origin for role, origin in stage.inputs.items() if origin in config.stages}
+    external, roles = _origins(config, name)
+    targets = [step.name for step in _target_steps(config, name)]
     settings = {
         "stage": own | {"inputs": external},
         "roles": roles,
@@ -158,7 +214,7 @@ def _stage_step(config: RunConfig, name: str) -> Step:
         folder=folder,
         settings=settings,
         run=lambda: _train(config, name, folder),
-        parents=("encode", *dict.fromkeys(roles.values())),
+        parents=("encode", *dict.fromkeys(roles.values()), *targets),
         outputs=(folder / "export",),
         on_all_ranks=True,
     )
@@ -218,6 +274,12 @@ def _encode(config: RunConfig) -> None:
         every=source.every,
         samples_per_shard=config.data.samples_per_shard,
     )
+
+
+def _write_targets(config: RunConfig, name: str) -> None:
+    from launch.stored_targets import write_stage_targets
+
+    write_stage_targets(config, name)
 
 
 def _train(config: RunConfig, name: str, folder: Path) -> None:

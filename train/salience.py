@@ -6,9 +6,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from configs.checks import require_range
+from configs.checks import require_choice, require_range
 from configs.schema import StageConfig
-from data.datamodule import LatentBatch
+from data.datamodule import LatentBatch, TargetBatch
+from data.targets import STORED
 from models.attention import block_causal_mask
 from models.flow import add_noise
 from models.salience import PARTS, SalienceHead, head_scores, mask_short_future, salience_targets
@@ -31,6 +32,9 @@ class SalienceParams:
             standardised by.
         ranking_weight: Of the ranking loss beside the regression.
         budget_share: Share of a clip's tokens at which recall is measured.
+        targets: `online` asks the teacher in every step, with new noise and a new window of the
+            clip in each epoch; `shards` asks it once for every clip before the stage, with noise
+            and a window that are the clip's own for ever, and reads what it said.
     """
 
     sigma: float = 0.85
@@ -40,6 +44,7 @@ class SalienceParams:
     statistics_steps: int = 12
     ranking_weight: float = 0.0
     budget_share: float = 0.25
+    targets: str = "online"
 
 
 class SalienceStage(Stage):
@@ -65,14 +70,23 @@ class SalienceStage(Stage):
         )
         require_range(f"{key}.params.horizon", params.horizon, 1, config.frames // block - 1)
         require_range(f"{key}.params.budget_share", params.budget_share, 0, 1)
+        require_choice(f"{key}.params.targets", params.targets, ("online", STORED))
 
     def setup_stage(self) -> None:
         """Start without gathered targets."""
         self.gathered: list[Tensor] = []
 
-    @torch.no_grad()
     def targets(self, batch: LatentBatch) -> Tensor:
-        """Salience of every token in the teacher's attention.  [L, B, S, 3]."""
+        """Salience of every token in the teacher's attention, stored or asked.  [L, B, S, 3]."""
+        if isinstance(batch, TargetBatch):
+            found = batch.targets.transpose(0, 1)
+        else:
+            found = self.ask_teacher(batch)
+        return mask_short_future(found, self.block_len, self.params.horizon)
+
+    @torch.no_grad()
+    def ask_teacher(self, batch: LatentBatch) -> Tensor:
+        """Salience as the teacher's attention has it, short futures included.  [L, B, S, 3]."""
         x0 = batch.latents
         noise = sample_noise(x0.shape[1:], batch.seeds, "salience noise", device=x0.device)
         sigma = x0.new_full(x0.shape[:2], self.params.sigma)
@@ -83,7 +97,7 @@ class SalienceStage(Stage):
 
         noisy = add_noise(x0, noise, sigma)
         self.frozen["teacher"](noisy, sigma, batch.text, capture=capture, wanted=0)
-        return mask_short_future(torch.stack(found), self.block_len, self.params.horizon)
+        return torch.stack(found)
 
     @torch.no_grad()
     def hidden(self, batch: LatentBatch) -> list[Tensor]:

@@ -28,7 +28,7 @@ def test_show_builds_the_networks_and_names_the_steps(tmp_path):
     text = describe(load_config([str(TINY), f"runs_dir={tmp_path}"]))
     assert "transformer" in text
     assert "key-value cache" in text
-    assert text.count("to do") == 12
+    assert text.count("to do") == 13
 
 
 def test_show_takes_a_real_geometry_without_allocating_it(tmp_path):

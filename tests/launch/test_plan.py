@@ -243,8 +243,24 @@ def tiny(tmp_path: Path, *overrides: str):
 
 def test_the_plan_of_a_run_lists_every_step_in_order(tmp_path):
     names = [step.name for step in plan_steps(tiny(tmp_path))]
-    stages = ["teacher", "causal", "salience_causal", "distill", "salience", "streaming", "control"]
+    stages = ["teacher", "causal", "salience_causal", "distill", "targets-salience", "salience"]
+    stages += ["streaming", "control"]
     assert names == ["world", "ingest", "encode", *stages, "evaluate", "report"]
+
+
+def test_stored_targets_need_only_the_teacher_and_only_their_stage_needs_them(tmp_path):
+    parents = {step.name: step.parents for step in plan_steps(tiny(tmp_path))}
+    assert parents["targets-salience"] == ("encode", "teacher")
+    readers = [name for name, read in parents.items() if "targets-salience" in read]
+    assert readers == ["salience"]
+
+
+def test_a_stage_that_is_run_alone_has_its_targets_written_first(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr("launch.plan.run_one_step", lambda steps, name, **rest: ran.append(name))
+    for name in ("salience", "salience_causal"):
+        run_one(tiny(tmp_path), name)
+    assert ran == ["targets-salience", "salience", "salience_causal"]
 
 
 @pytest.mark.parametrize(
@@ -261,6 +277,15 @@ def test_the_plan_of_a_run_lists_every_step_in_order(tmp_path):
         (
             "stages.salience.optimizers.head.lr=1",
             {"salience", "streaming", "evaluate", "report"},
+        ),
+        ("stages.salience.params.horizon=1", {"salience", "streaming", "evaluate", "report"}),
+        (
+            "stages.salience.params.sigma=0.5",
+            {"targets-salience", "salience", "streaming", "evaluate", "report"},
+        ),
+        (
+            "stages.salience.frames=14",
+            {"targets-salience", "salience", "streaming", "evaluate", "report"},
         ),
         ("source.world.seed=9", "all"),
         ("seed=9", "training"),

@@ -53,12 +53,18 @@ def read_lines(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def at_work(stage: str) -> tuple[str, str]:
+    return f"{stage}/checkpoints/step-*/COMPLETE.json", f"{stage}/DONE.json"
+
+
 # What a step of the plan has written when it is killed, and what must not be there yet.
 AT_WORK = {
     "world": ("data/world/clip-000003.mp4", "data/world/world.json"),
     "ingest": ("data/raw/.*.part-*", "data/raw/manifest.json"),
     "encode": ("data/latents/.*.part-*", "data/latents/manifest.json"),
-    **{name: (f"{name}/checkpoints/step-*/COMPLETE.json", f"{name}/DONE.json") for name in STAGES},
+    **{name: at_work(name) for name in STAGES[: STAGES.index("salience")]},
+    "targets": ("data/targets-salience/.*.part-*", "data/targets-salience/manifest.json"),
+    **{name: at_work(name) for name in STAGES[STAGES.index("salience") :]},
     "evaluate": ("evaluate/rows.jsonl", "evaluate/DONE.json"),
 }
 
@@ -102,7 +108,7 @@ def test_two_ranks_carry_out_the_whole_plan_and_only_one_writes_records(tmp_path
     # A rank that waits for ever must end the test: torchrun stops its children on SIGTERM.
     guarded = ["timeout", "-k", "10", "280", *command]
     done = subprocess.run(guarded, cwd=ROOT, check=True, capture_output=True, text=True)
-    assert done.stdout.count("step 4/10 teacher: running") == 1
-    assert done.stdout.count("all 10 steps complete") == 1
+    assert done.stdout.count("step 4/11 teacher: running") == 1
+    assert done.stdout.count("all 11 steps complete") == 1
     for stage in STAGES:
         assert load_export(tmp_path / "tiny" / stage).manifest["stage"] == stage
