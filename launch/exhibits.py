@@ -16,6 +16,7 @@ from configs.load import parse_section
 from data.files import write_atomically
 from data.truth import truth_at
 from data.video import VideoWriter
+from launch.baselines import score_baselines, token_norms
 from launch.bench import Bench
 from launch.build import input_paths
 from launch.contest import Contestant, Job
@@ -166,9 +167,11 @@ def examine_heads(bench: Bench, path: Path) -> dict[str, Any]:
     Returns:
         `spearman` and `recall_at_budget`: stage to part to a value per layer; `target_by_frame`:
         stage to part to the mean standardised target of each frame, None where no key of the frame
-        has one; `budget_share`.
+        has one; `baselines`: stage to what `launch.baselines.score_baselines` returns, on the same
+        clips and targets; `budget_share`.
     """
-    result: dict[str, Any] = {"spearman": {}, "recall_at_budget": {}, "target_by_frame": {}}
+    fields = ("spearman", "recall_at_budget", "target_by_frame", "baselines")
+    result: dict[str, Any] = {field: {} for field in fields}
     pictures: dict[str, NDArray[Any]] = _clip_pictures(bench)
     for stage, student in bench.students.items():
         plan = bench.config.stages.get(student.export.manifest["stage"])
@@ -185,10 +188,14 @@ def examine_heads(bench: Bench, path: Path) -> dict[str, Any]:
         block_len = student.frames_per_block * student.frame_seq_len
         found = _targets(teacher.to(latents.device), latents, clips, params, block_len)
         targets = [head.standardise(layer, target) for layer, target in enumerate(found)]
-        predicted = _predictions(student.network, head, latents, text, block_len)
+        with token_norms(student.network) as norms:
+            predicted = _predictions(student.network, head, latents, text, block_len)
         scores = [
             head_scores(p, t, params.budget_share) for p, t in zip(predicted, targets, strict=True)
         ]
+        result["baselines"][stage] = score_baselines(
+            head, norms, targets, seeds=clips.noise_seeds, budget_share=params.budget_share
+        )
         by_frame = _means_by_frame(targets, student.frame_seq_len)
         result["target_by_frame"][stage] = dict(zip(PARTS, by_frame, strict=True))
         for number, part in enumerate(PARTS):

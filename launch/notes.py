@@ -1,13 +1,16 @@
 """What a run's numbers say in words: the headline, and what must be said against it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 from launch.claims import HEURISTICS
 from launch.figures import Row, best, series_of, style_of
 from launch.tables import list_of, percent
+
+PartScores = Mapping[str, Mapping[str, Sequence[float]]]
+"""Part to `spearman` and `recall`, a value per layer each."""
 
 
 def headline(rows: Sequence[Row]) -> tuple[str, str]:
@@ -157,6 +160,39 @@ def _background(rows: Sequence[Row]) -> list[str]:
         "<b>The background</b> is kept better by other caches of the same size: "
         f"{', '.join(calmer)}. The learned cache spends its tokens on gondolas."
     ]
+
+
+PREDICTORS = {
+    "position": "the mean salience of the place",
+    "key_norm": "the smallness of the key",
+    "value_norm": "the size of the value",
+}
+"""How `launch.baselines` is called on the page."""
+
+
+def beside_baselines(own: PartScores, baselines: Mapping[str, PartScores]) -> str:
+    """In how many pairs of layer and part a head is better than each baseline, as a sentence.
+
+    Args:
+        own: Part to `spearman` and `recall` per layer.
+        baselines: The same by the name of the baseline.
+    """
+    pairs = [(part, layer) for part in own for layer in range(len(own[part]["spearman"]))]
+    parts = []
+    for name, scores in baselines.items():
+        wins = {
+            metric: sum(own[part][metric][k] > scores[part][metric][k] for part, k in pairs)
+            for metric in ("spearman", "recall")
+        }
+        parts.append(f"{PREDICTORS[name]} in {wins['spearman']} ({wins['recall']})")
+    return (
+        f"Of {len(pairs)} pairs of layer and part, the head ranks better than {_listed(parts)}; "
+        "in brackets, where its recall is better."
+    )
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return " and ".join(part for part in (", ".join(parts[:-1]), parts[-1]) if part)
 
 
 def _limits(results: dict[str, Any]) -> list[str]:

@@ -26,7 +26,7 @@ from launch.figures import (
 )
 from launch.material import Material, read_material
 from launch.method import method_section
-from launch.notes import headline, notes
+from launch.notes import PREDICTORS, beside_baselines, headline, notes
 from launch.player import player_data, player_section
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -182,7 +182,7 @@ def _training(material: Material) -> str:
         scores = {name: head[name][stage] for name in ("spearman", "recall_at_budget")}
         svg = to_svg(target_over_frames(head["target_by_frame"][stage]), name=f"target-{stage}")
         cards += f"""<figure class="card"><h3>The head of &ldquo;{escape(stage)}&rdquo;</h3>
-{tables.head_table(scores)}{svg}
+{tables.head_table(scores)}{_baselines(head, stage)}{svg}
 <figcaption>Mean of what it learns, in standard deviations: what depends on when a frame came.
 </figcaption></figure>"""
     curves = ""
@@ -203,6 +203,20 @@ not mean a better rollout, so rollouts decide.</p><div class="pair">{cards}</div
         return ""
     return f"""<section><h2>The head, and the losses</h2>{about}
 <div class="losses" style="margin-top:20px">{curves}</div></section>"""
+
+
+def _baselines(head: dict[str, Any], stage: str) -> str:
+    """A head beside what needs no training; empty where an older evaluation did not compare."""
+    if "baselines" not in head:
+        return ""
+    baselines = head["baselines"][stage]
+    own = {
+        part: {"spearman": values, "recall": head["recall_at_budget"][stage][part]}
+        for part, values in head["spearman"][stage].items()
+    }
+    named = {"the head": own} | {PREDICTORS[name]: baselines[name] for name in baselines}
+    return f"""<h4>Beside what needs no training</h4>{tables.baseline_table(named)}
+<p class="note" style="margin-top:12px">Means over layers. {beside_baselines(own, baselines)}</p>"""
 
 
 def _footer(material: Material) -> str:

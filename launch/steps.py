@@ -21,7 +21,7 @@ from typing import Any
 from configs.errors import UserError
 from configs.load import config_hash, to_dict
 
-RESULTS_VERSION = 2
+RESULTS_VERSION = 3
 """Part of every key; raise it when a step gives other results from the same settings."""
 
 STARTED, DONE = "STARTED.json", "DONE.json"

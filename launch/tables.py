@@ -1,5 +1,6 @@
 """Tables of the report as HTML."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from launch.claims import Claim
 from launch.figures import Row, series_of, style_of
 
-LEFT = ("stage", "policy", "student", "cache", "claim")
+LEFT = ("stage", "policy", "student", "cache", "claim", "tokens ranked by")
 """Headings of columns that hold names."""
 
 
@@ -168,6 +169,23 @@ def head_table(scores: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
             label = f"{titles.get(metric, metric)}, <b>{escape(part)}</b>"
             lines.append(f"<tr><td>{label}</td>{cells}</tr>")
     return table(["", *[f"layer {number}" for number in range(depth)]], lines)
+
+
+def baseline_table(ranked_by: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]) -> str:
+    """A head beside what needs no training, means over layers.
+
+    Args:
+        ranked_by: Name of what ranks the tokens, to part, to `spearman` and `recall` per layer.
+    """
+    metrics = {"spearman": "rank<br>correlation", "recall": "recall"}
+    parts = list(next(iter(ranked_by.values())))
+    lines = []
+    for name, scores in ranked_by.items():
+        means = [statistics.fmean(scores[part][metric]) for metric in metrics for part in parts]
+        cells = "".join(_heat(mean, f"{mean:.2f}") for mean in means)
+        lines.append(f'<tr><td style="text-align:left">{escape(name)}</td>{cells}</tr>')
+    head = [f"{title}, <b>{escape(part)}</b>" for title in metrics.values() for part in parts]
+    return table(["tokens ranked by", *head], lines)
 
 
 def _heat(value: float, text: str) -> str:

@@ -206,6 +206,15 @@ def test_other_sections_are_there(run: Path):
     assert by_frame["later"][-1] is None  # no later block
     assert by_frame["earlier"][0] is None
     assert all(isinstance(mean, float) for mean in by_frame["within"])
+    baselines = results["head"]["baselines"]
+    assert set(baselines) == {"head"}
+    assert set(baselines["head"]) == {"position", "key_norm", "value_norm"}
+    for parts in baselines["head"].values():
+        assert set(parts) == {"later", "within", "earlier"}
+        for scores in parts.values():
+            assert all(-1 <= value <= 1 for value in scores["spearman"])
+            assert all(0 <= value <= 1 for value in scores["recall"])
+            assert [len(values) for values in scores.values()] == [2, 2]
     assert {row["frames"] for row in results["policies"]} == {12, 16}
     assert {row["age_weight"] for row in results["tuning"]} == {0.0, 0.1}
 
@@ -221,6 +230,7 @@ def test_report_shows_what_the_evaluation_wrote(run: Path):
     page = write_report(run).read_text()
     assert page.count("<video ") == 1
     assert "How it works" in page
+    assert "Of 6 pairs of layer and part, the head ranks better than" in page
 
 
 def test_killed_evaluation_continues_to_the_same_bits(

@@ -96,6 +96,13 @@ def made_up_results() -> dict:
     fall = [1.5 - frame / 16 for frame in range(44)] + 4 * [None]
     parts_by_frame = {"later": fall, "within": [0.1] * 48, "earlier": fall[::-1]}
     head = dict.fromkeys(("causal_head", "distill_head"), layers)
+    even = {"spearman": [0.4, 0.1, 0.7], "recall": [0.2, 0.2, 0.2]}
+    weak = {"spearman": [0.0, 0.1, 0.0], "recall": [0.3, 0.65, 0.5]}
+    rivals = {
+        "position": dict.fromkeys(layers, even),
+        "key_norm": dict.fromkeys(layers, weak),
+        "value_norm": dict.fromkeys(layers, weak),
+    }
     return {
         "name": "made-up",
         "plan": ["teacher", "causal"],
@@ -118,6 +125,7 @@ def made_up_results() -> dict:
             "spearman": head,
             "recall_at_budget": head,
             "target_by_frame": dict.fromkeys(head, parts_by_frame),
+            "baselines": dict.fromkeys(head, rivals),
         },
     }
 
@@ -285,6 +293,24 @@ def test_page_is_made_of_results_alone_where_pictures_are_missing(run: Path, tmp
     page = write_report(tmp_path).read_text()
     assert "All policies" in page
     assert "<video " not in page
+
+
+def test_the_head_stands_beside_what_needs_no_training(run: Path, page: str):
+    sentence = (
+        "Of 9 pairs of layer and part, the head ranks better than the mean salience of the place "
+        "in 3 (9), the smallness of the key in 9 (0) and the size of the value in 9 (0);"
+    )
+    assert page.count(sentence) == 2
+    rows = re.findall(r'left">([\w ]+)</td>((?:<td class="heat".*?</td>)+)</tr>', page)
+    cells = {name: re.findall(r">([\d.]+)</td>", values) for name, values in rows}
+    assert cells["the head"] == ["0.48"] * 6
+    assert cells["the mean salience of the place"] == ["0.40"] * 3 + ["0.20"] * 3
+    assert cells["the size of the value"] == ["0.03"] * 3 + ["0.48"] * 3
+    older = read_material(run)
+    del older.results["head"]["baselines"]
+    without = build_page(older)
+    assert "what needs no training" not in without
+    assert "The head of &ldquo;causal_head&rdquo;" in without
 
 
 def test_pictures_without_a_teacher_leave_its_step_out(run: Path):
