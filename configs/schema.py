@@ -264,6 +264,10 @@ class EvaluateConfig:
     max_lag: int = 47
     videos: int = 2
     """Clips per policy that the report shows."""
+    policies: list[str] = field(default_factory=list)
+    """Policies that take part, by their names in the results; empty = all there are."""
+    forms: list[str] = field(default_factory=list)
+    """Other ways to store and share a budget that also compete; [all] = all there are."""
     contenders: list[str] = field(default_factory=list)
     """Policies that also run on stages after the first, and beyond the shortest length; empty =
     all."""

@@ -5,9 +5,9 @@ import os
 import signal
 import statistics
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,26 @@ import torch
 from torch import Tensor
 
 from configs.errors import UserError
-from configs.load import config_hash
+from configs.load import config_hash, parse_section
 from configs.schema import RunConfig
 from data.truth import NUM_CLASSES, Truth
+from launch.build import input_paths
+from launch.cache_forms import CALIBRATED, FORMS, Geometry
 from launch.contest import Contestant, Job
+from launch.export import load_export, load_weights
 from launch.held_out import HeldOut, content_hash, load
-from launch.rollouts import measure_rollout, roll_out, summarise
-from launch.student import Student, head_from_config, load_student
+from launch.oracle import Seer
+from launch.rollouts import AttentionWatch, measure_rollout, roll_out, summarise
+from launch.student import Student, head_from_config, load_student, transformer_from_config
+from models.kv_budgets import LayerStatistics
 from models.kv_cache import KVCache
+from models.kv_policies import build_policy
+from models.kv_spec import CacheSpec
 from models.salience import SalienceHead
 from train.memory import keep_freed_memory
+from train.salience import SalienceParams
 
-VERSION = 7
+VERSION = 8
 """Part of every job's key: raise it when a job gives other numbers than before."""
 CLIPS_PER_UNTRAINED_HEAD = 2
 
@@ -40,6 +48,7 @@ class Bench:
         config: Of the run.
         students: By stage, in the order of the evaluation; each with a head if there is any.
         head_of: Stage to the stage whose head it uses.
+        seers: By stage, the teacher of its head, where it was found.
         clips: Held-out clips that are reported.
         tuning_clips: Held-out clips on which age weights are chosen.
         clip_hashes: Content of both.
@@ -48,14 +57,22 @@ class Bench:
     config: RunConfig
     students: dict[str, Student]
     head_of: dict[str, str]
+    seers: dict[str, Seer]
     clips: HeldOut
     tuning_clips: HeldOut
     clip_hashes: list[str]
+    _memo: dict[Any, Any] = field(default_factory=dict)
+    """What several jobs of this process need."""
 
     @property
     def has_head(self) -> dict[str, bool]:
         """By stage: whether a head goes with the student."""
         return {stage: student.head is not None for stage, student in self.students.items()}
+
+    @property
+    def has_teacher(self) -> dict[str, bool]:
+        """By stage: whether the head's teacher was found."""
+        return {stage: self.head_of.get(stage) in self.seers for stage in self.students}
 
     def key(self, job: Job) -> str:
         """Hash of all that the result of a job follows from."""
@@ -79,19 +96,95 @@ class Bench:
         Raises:
             UserError: If the budget does not hold what the cache protects.
         """
-        settings = self.config.evaluate
+        policy = job.contestant.build(job.age_weight)
         try:
-            return student.new_cache(
-                job.contestant.build(job.age_weight),
-                clips.noise_seeds,
-                budget_tokens=job.budget_tokens,
-                sink_frames=settings.sink_frames,
-                recent_frames=settings.recent_frames,
-                time=settings.time,
-                max_lag=settings.max_lag,
-            )
+            spec = self.spec(student, job)
+            targets = self._true_salience(student, job, clips) if policy.needs_targets else None
+            return student.new_cache(policy, clips.noise_seeds, spec=spec, targets=targets)
         except ValueError as error:
             raise UserError(f"evaluate, policy {job.contestant.name!r}: {error}") from error
+
+    def spec(self, student: Student, job: Job) -> CacheSpec:
+        """Geometry and storage of a job's cache.
+
+        Raises:
+            ValueError: If the budget is too small for the form.
+        """
+        settings, block = self.config.evaluate, student.frames_per_block
+        plain = student.cache_spec(
+            budget_tokens=job.budget_tokens,
+            sink_frames=settings.sink_frames,
+            recent_frames=settings.recent_frames,
+            time=settings.time,
+            max_lag=settings.max_lag,
+        )
+        if not job.contestant.form:
+            return plain
+        geometry = Geometry(
+            network=student.network,
+            budget=job.budget_tokens,
+            least=(plain.sink_frames + plain.protected_frames) * plain.tokens_per_frame,
+            warmup_blocks=max(2, settings.prefix_frames // block),
+            statistics=lambda: self._statistics(student, job),
+            gaps=lambda: self._gaps(student, job, plain),
+        )
+        return replace(plain, **FORMS[job.contestant.form](geometry))
+
+    def _statistics(self, student: Student, job: Job) -> list[LayerStatistics]:
+        """Of attention while the tuning clips are rolled out with everything kept."""
+        key = ("statistics", job.stage)
+        if key not in self._memo:
+            watch = AttentionWatch(student.network.num_layers)
+            whole = min(self.config.evaluate.frames) * student.frame_seq_len
+            self._calibrate(student, "attention_mass", watch, budget_tokens=whole)
+            self._memo[key] = watch.statistics
+        return self._memo[key]
+
+    def _gaps(self, student: Student, job: Job, plain: CacheSpec) -> list[float]:
+        """What a window of the protected tokens lacks in each layer, on the same rollouts."""
+        key = ("gaps", job.stage)
+        if key not in self._memo:
+            layers = student.network.num_layers
+            found: list[list[float]] = []
+            self._calibrate(
+                student, "full", lambda cache: found.append(cache.relative_gaps),
+                budget_tokens=(plain.sink_frames + plain.protected_frames) * plain.tokens_per_frame,
+                local_layers=tuple(range(layers)),
+                warmup_blocks=min(self.config.evaluate.frames),
+            )  # fmt: skip
+            self._memo[key] = found[-1]
+        return self._memo[key]
+
+    def _calibrate(
+        self, student: Student, policy: str, watch: Callable[[KVCache], None], **spec: Any
+    ) -> None:
+        """Roll the tuning clips out to the shortest length; `watch` sees the cache every block."""
+        settings, clips = self.config.evaluate, self.tuning_clips
+        cache = student.new_cache(
+            build_policy(policy),
+            clips.noise_seeds,
+            spec=student.cache_spec(time=settings.time, max_lag=settings.max_lag, **spec),
+        )
+        roll_out(
+            student, clips, cache, num_frames=min(settings.frames),
+            prefix_frames=settings.prefix_frames, on_block=watch,
+        )  # fmt: skip
+
+    def _true_salience(self, student: Student, job: Job, clips: HeldOut) -> Tensor:
+        """The teacher's targets on the clips as the student makes them with everything kept."""
+        seeds = tuple(clips.noise_seeds.tolist())
+        key = ("salience", job.section, job.stage, max(job.frames), job.steps, seeds)
+        if key not in self._memo:
+            whole = replace(job, contestant=Contestant("full", "full"), age_weight=None)
+            prefix = 0 if job.section == "prefix_free" else self.config.evaluate.prefix_frames
+            rollout = roll_out(
+                student, clips, self.new_cache(student, whole, clips),
+                num_frames=max(job.frames), prefix_frames=prefix,
+            )  # fmt: skip
+            seer = self.seers[self.head_of[job.stage]]
+            latents = rollout.latents.to(clips.latents.device)
+            self._memo[key] = seer.targets(latents, clips)
+        return self._memo[key]
 
     def student_for(self, job: Job) -> Student:
         """The student of a job, with the head and the number of steps it asks for."""
@@ -141,12 +234,13 @@ class Bench:
         }
         rows = []
         for frames in job.frames:
-            tokens, held = rollout.held_tokens, rollout.held_bytes
-            if cache.num_frames > frames and not cache.policy.is_bounded:
+            tokens, held = job.budget_tokens, rollout.held_bytes
+            if not cache.policy.is_bounded:
                 tokens = frames * student.frame_seq_len
                 held = held * tokens // rollout.held_tokens
             share = tokens / (student.export.manifest["config"]["frames"] * student.frame_seq_len)
             size = {"budget_tokens": tokens, "budget_share": share, "kv_bytes": held}
+            size |= {"held_tokens": rollout.held_tokens, "host_bytes": rollout.host_bytes}
             numbers = summarise(
                 values,
                 clips.groups,
@@ -232,10 +326,30 @@ def load_bench(config: RunConfig, ckpts: Sequence[Path], clips: Path) -> Bench:
         config=config,
         students=students,
         head_of=head_of,
+        seers=_load_seers(config, students, device),
         clips=load(clips, settings.seeds).to(device),
         tuning_clips=load(clips, [settings.tune_seed]).to(device),
         clip_hashes=content_hash(clips, seeds),
     )
+
+
+def _load_seers(
+    config: RunConfig, students: Mapping[str, Student], device: torch.device
+) -> dict[str, Seer]:
+    """The teacher of every head whose stage is in the plan of the run, by the head's stage."""
+    seers = {}
+    for stage, student in students.items():
+        plan = config.stages.get(student.export.manifest["stage"])
+        if plan is None or plan.kind != "salience" or "teacher" not in plan.inputs:
+            continue
+        key = f"stages.{stage}.params"
+        params: SalienceParams = parse_section(SalienceParams, plan.params, key=key)
+        export = load_export(input_paths(config, plan)["teacher"], role="teacher")
+        teacher = transformer_from_config(export.manifest["config"]["model"])
+        load_weights(teacher, export, stem="transformer")
+        frames = student.export.manifest["config"]["frames"]
+        seers[stage] = Seer(teacher.to(device).eval(), params, frames, student.frames_per_block)
+    return seers
 
 
 def _check_lengths(config: RunConfig, student: Student) -> None:
@@ -313,10 +427,11 @@ def _run_in_worker(job: Job) -> list[dict[str, Any]]:
 
 def check_budgets(bench: Bench, jobs: Sequence[Job]) -> None:
     """Raise `UserError` if a budget is too small for a job, before the first one runs."""
-    one = bench.clips.first(1)
-    seen: set[tuple[str, Contestant, int]] = set()
     for job in jobs:
-        case = (job.stage, job.contestant, job.budget_tokens)
-        if case not in seen:
-            seen.add(case)
-            bench.new_cache(bench.student_for(job), job, one)
+        student, contestant = bench.student_for(job), job.contestant
+        if contestant.form in CALIBRATED:
+            continue
+        try:
+            bench.spec(student, job).check(contestant.build(None), student.network.num_layers)
+        except ValueError as error:
+            raise UserError(f"evaluate, policy {contestant.name!r}: {error}") from error

@@ -7,13 +7,17 @@ from typing import Any
 from configs.errors import ConfigError
 from configs.load import nearest
 from configs.schema import EvaluateConfig
-from models.kv_policy import POLICIES, CachePolicy, build_policy
+from launch.cache_forms import FORMS
+from models.kv_policies import POLICIES, build_policy
+from models.kv_policy import CachePolicy
 
-FORMS: dict[str, dict[str, dict[str, Any]]] = {
-    "random": {"random": {"redraw": True}, "random_once": {"redraw": False}}
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "random": {"random": {"redraw": True}, "random_once": {"redraw": False}},
+    "salience": {"salience": {}, "salience_redundancy": {"redundancy_weight": 1.0}},
 }
-"""Policies that compete in several forms: name in the results to parameters."""
-
+"""Policies that compete with several parameters: name in the results to parameters."""
+FORMED = ("sink_window", "salience")
+"""Policies whose cache also competes in every form of `launch.cache_forms`."""
 
 QUALITY_POLICIES = ("full", "sink_window")
 """Caches in the comparison of step counts."""
@@ -29,6 +33,7 @@ class Contestant:
         params: Its parameters, the age weight left out.
         head: `trained`, `untrained`, or nothing for a policy that needs none.
         is_scored: Whether it has an age weight, which is then tuned.
+        form: Of the cache, a name in `launch.cache_forms.FORMS`; none for the plain one.
         twin: Whose tuned age weight it takes over, so that it differs from it in one thing only.
     """
 
@@ -37,6 +42,7 @@ class Contestant:
     params: tuple[tuple[str, Any], ...] = ()
     head: str = ""
     is_scored: bool = False
+    form: str = ""
     twin: "Contestant | None" = None
 
     @property
@@ -88,29 +94,50 @@ class Job:
         return asdict(self)
 
 
-def contestants(settings: EvaluateConfig, *, has_head: bool) -> list[Contestant]:
-    """Every registered policy in its forms, the untrained and the inverted head."""
+def contestants(settings: EvaluateConfig, *, has_head: bool, has_teacher: bool) -> list[Contestant]:
+    """Every registered policy in its variants, the untrained and inverted head, other caches.
+
+    Args:
+        settings: Of the evaluation; `policies` and `forms` may narrow it.
+        has_head: Whether there is a head to predict salience.
+        has_teacher: Whether its teacher is there to tell the true salience.
+    """
     found = []
     for policy, cls in POLICIES.items():
         names = {field.name for field in fields(cls)}  # type: ignore[arg-type]
         is_scored = "age_weight" in names
-        if cls.needs_head and not has_head:
+        if (cls.needs_head and not has_head) or (cls.needs_targets and not has_teacher):
             continue
         head = "trained" if cls.needs_head else ""
-        for name, params in FORMS.get(policy, {policy: {}}).items():
-            for weights in _weightings(policy, names, settings):
+        for name, params in VARIANTS.get(policy, {policy: {}}).items():
+            for weights in _weightings(name, names, settings):
                 given = tuple((params | weights).items())
                 found.append(Contestant(name, policy, given, head, is_scored))
     if has_head:
         found += _sanity_checks(settings)
-    return found
+    wanted = settings.policies
+    found = [one for one in found if not wanted or one.name in wanted]
+    return found + _formed(found, settings.forms)
 
 
-def _weightings(policy: str, names: set[str], settings: EvaluateConfig) -> Sequence[dict[str, Any]]:
-    """All weightings for the salience policy, the first for others that have weights."""
+def _formed(found: Sequence[Contestant], forms: Sequence[str]) -> list[Contestant]:
+    """The caches of some policies in other forms; they take the age weight of the plain one."""
+    plain: dict[str, Contestant] = {}
+    for one in found:
+        if one.name in FORMED:
+            plain.setdefault(one.name, one)
+    return [
+        replace(one, name=f"{one.name}_{form}", form=form, twin=one if one.is_scored else None)
+        for one in plain.values()
+        for form in (FORMS if forms == ["all"] else forms)
+    ]
+
+
+def _weightings(name: str, names: set[str], settings: EvaluateConfig) -> Sequence[dict[str, Any]]:
+    """All weightings for the plain salience policy, the first for others that have weights."""
     if "weights" not in names:
         return [{}]
-    chosen = settings.weights if policy == "salience" else settings.weights[:1]
+    chosen = settings.weights if name == "salience" else settings.weights[:1]
     return [{"weights": tuple(weights)} for weights in chosen]
 
 
@@ -124,7 +151,9 @@ def _sanity_checks(settings: EvaluateConfig) -> list[Contestant]:
     ]
 
 
-def plan_jobs(settings: EvaluateConfig, *, has_head: Mapping[str, bool]) -> list[Job]:
+def plan_jobs(
+    settings: EvaluateConfig, *, has_head: Mapping[str, bool], has_teacher: Mapping[str, bool]
+) -> list[Job]:
     """All jobs in order, the tuning before what depends on it.
 
     The first stage is tried with every contestant and budget at the shortest length; everything
@@ -133,17 +162,22 @@ def plan_jobs(settings: EvaluateConfig, *, has_head: Mapping[str, bool]) -> list
     Args:
         settings: Of the evaluation.
         has_head: Stages in their order, and whether a head goes with their student.
+        has_teacher: The same for the head's teacher.
 
     Raises:
-        ConfigError: If a contender or a stage is unknown.
+        ConfigError: If a policy, a form, a contender or a stage is unknown.
     """
     stages = list(has_head)
-    names = dict.fromkeys(c.name for c in contestants(settings, has_head=True))
+    everything = replace(settings, policies=[], forms=["all"])
+    known = dict.fromkeys(c.name for c in contestants(everything, has_head=True, has_teacher=True))
+    _check_known("policies", settings.policies, list(known))
+    _check_known("forms", settings.forms, ["all", *FORMS])
+    names = dict.fromkeys(c.name for c in contestants(settings, has_head=True, has_teacher=True))
     _check_known("contenders", settings.contenders, list(names))
     _check_known("long_stages", settings.long_stages, stages)
     jobs: list[Job] = []
     for stage in stages:
-        everyone = contestants(settings, has_head=has_head[stage])
+        everyone = contestants(settings, has_head=has_head[stage], has_teacher=has_teacher[stage])
         contenders = [c for c in everyone if c.name in (settings.contenders or names)]
         is_first = stage == stages[0]
         jobs += _short_jobs(settings, stage, everyone if is_first else contenders, is_first)

@@ -55,7 +55,7 @@ def _evaluate(config: RunConfig, ckpts: Sequence[Path], out: Path) -> None:
     clips = out / "clips"
     prepare(config, clips)
     bench = load_bench(config, ckpts, clips)
-    jobs = plan_jobs(config.evaluate, has_head=bench.has_head)
+    jobs = plan_jobs(config.evaluate, has_head=bench.has_head, has_teacher=bench.has_teacher)
     check_budgets(bench, jobs)
     record = Record(out / "rows.jsonl")
     with tqdm(total=len(jobs), desc="evaluate", unit="rollout") as bar:
@@ -183,7 +183,9 @@ def _shown_jobs(bench: Bench, ages: dict[str, float]) -> dict[str, Job]:
     """Rollouts of the first stage that the videos show, at the largest budget."""
     settings = bench.config.evaluate
     stage = next(iter(bench.students))
-    everyone = contestants(settings, has_head=bench.has_head[stage])
+    everyone = contestants(
+        settings, has_head=bench.has_head[stage], has_teacher=bench.has_teacher[stage]
+    )
     frames = (min(settings.frames),)
     return {
         contestant.name: resolve_age(

@@ -18,8 +18,14 @@ from configs.errors import UserError
 from data.video import VideoWriter, read_video
 from launch.student import Student, load_student
 from models.kv_cache import KVCache
-from models.kv_policy import POLICIES, build_policy
+from models.kv_policies import POLICIES, build_policy
+from models.kv_spec import EVICTED
+from models.kv_storage import STORAGES
 from models.rollout import NoiseSource, denoise_block, recache, refresh
+
+SWITCHES = ("recache", "flush", "cut")
+CUT_FRAMES = 24
+"""How much later a cut shows the first block of a new scene: far, but within a training clip."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +55,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sink-frames", type=int, default=1)
     parser.add_argument("--recent-frames", type=int, default=2)
     parser.add_argument("--time", default="relative", choices=("absolute", "relative"))
+    parser.add_argument("--precision", default="model", help=f"of the cache: {', '.join(STORAGES)}")
+    parser.add_argument("--evicted", default="drop", choices=EVICTED, help="what happens to tokens")
+    parser.add_argument("--evicted-tokens", type=int, default=0, help="that are still read")
+    parser.add_argument(
+        "--at-switch",
+        default="recache",
+        choices=SWITCHES,
+        help="where the prompt changes: read the last frames again, or keep only sink and newest "
+        "frames, with a cut also showing the next block far later",
+    )
     parser.add_argument("--steps", type=int, help="denoising steps; the student's own by default")
     parser.add_argument("--shift", type=float, default=5.0, help="with --steps")
     parser.add_argument("--seed", type=int, default=0)
@@ -76,7 +92,9 @@ def sample(arguments: argparse.Namespace) -> None:
     began = time.perf_counter()
     writer = VideoWriter(arguments.out, student.fps, student.size, scale=arguments.scale)
     with writer, tqdm(total=num_frames, unit="frame", file=sys.stderr) as bar:
-        for block in _blocks(student, cache, noise, prompts, prefix, num_frames):
+        for block in _blocks(
+            student, cache, noise, prompts, prefix, num_frames, arguments.at_switch
+        ):
             pixels = student.codec.decode(block[0].cpu())
             levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
             writer.write(levels.permute(0, 2, 3, 1).numpy())
@@ -127,15 +145,19 @@ def _start(arguments: argparse.Namespace, student: Student) -> tuple[KVCache, No
     try:
         if arguments.steps is not None:
             student.sampler = student.with_steps(arguments.steps, shift=arguments.shift)
-        cache = student.new_cache(
-            build_policy(arguments.policy, params),
-            seeds,
+        spec = student.cache_spec(
             budget_tokens=arguments.budget,
             sink_frames=arguments.sink_frames,
             recent_frames=arguments.recent_frames,
             time=arguments.time,
             max_lag=student.export.manifest["config"]["frames"] - 1,
+            precision=arguments.precision,
+            evicted=arguments.evicted,
+            evicted_tokens=arguments.evicted_tokens,
+            preallocate=True,
+            max_frames=arguments.frames + student.frames_per_block,
         )
+        cache = student.new_cache(build_policy(arguments.policy, params), seeds, spec=spec)
     except ValueError as error:
         raise UserError(str(error)) from error
     return cache, NoiseSource(seeds)
@@ -163,8 +185,9 @@ def _blocks(
     prompts: list[tuple[int, Tensor]],
     prefix: Tensor | None,
     num_frames: int,
+    at_switch: str,
 ) -> Iterator[Tensor]:
-    """Blocks of one video; re-caches where the prompt changes."""
+    """Blocks of one video; `at_switch` says what happens where the prompt changes."""
     size = student.frames_per_block
     known = iter(()) if prefix is None else iter(prefix.split(size, dim=1))
     window = student.export.manifest["config"]["frames"] // 2 // size
@@ -176,7 +199,7 @@ def _blocks(
         changed = False
         while pending and pending[0][0] <= start:
             text, changed = pending.popleft()[1], True
-        if changed:
+        if changed and at_switch == "recache":
             recache(
                 student.network,
                 text,
@@ -184,6 +207,10 @@ def _blocks(
                 cache=cache,
                 sink=torch.cat(sink, dim=1),
             )
+        elif changed:
+            cache.flush(cache.spec.protected_frames)
+            if at_switch == "cut":
+                cache.cut(CUT_FRAMES)
         block = next(known, None)
         if block is None:
             block = denoise_block(

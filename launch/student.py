@@ -12,8 +12,9 @@ from data.codec import Codec, build_codec
 from data.text import TextEncoder, build_text
 from launch.export import Export, load_export, load_weights
 from models.flow import sampling_sigmas
-from models.kv_cache import CacheSpec, KVCache
+from models.kv_cache import KVCache
 from models.kv_policy import CachePolicy
+from models.kv_spec import CacheSpec
 from models.rollout import Sampler, make_cache
 from models.salience import SalienceHead
 from models.transformer import VideoTransformer
@@ -64,38 +65,40 @@ class Student:
         """The student's rule of sampling with another number of steps."""
         return Sampler(sampling_sigmas(num_steps, shift), renoise=self.sampler.renoise)
 
+    def cache_spec(self, *, budget_tokens: int, **more: Any) -> CacheSpec:
+        """Geometry of a cache for its videos; more fields as in `models.kv_spec.CacheSpec`.
+
+        Raises:
+            ValueError: If the fields contradict each other.
+        """
+        return CacheSpec(
+            budget_tokens=budget_tokens,
+            tokens_per_frame=self.frame_seq_len,
+            frames_per_block=self.frames_per_block,
+            **more,
+        )
+
     def new_cache(
         self,
         policy: CachePolicy,
         seeds: Tensor,
         *,
-        budget_tokens: int,
-        sink_frames: int = 1,
-        recent_frames: int = 2,
-        time: str = "absolute",
-        max_lag: int = 0,
-        sampler: Sampler | None = None,
+        spec: CacheSpec,
+        targets: Tensor | None = None,
     ) -> KVCache:
-        """An empty cache for a batch of videos; arguments as in `models.kv_cache.CacheSpec`.
+        """An empty cache for a batch of videos.
 
         Raises:
             ValueError: If the budget is too small or the policy needs a head that is not there.
         """
         return make_cache(
             self.network,
-            spec=CacheSpec(
-                budget_tokens=budget_tokens,
-                tokens_per_frame=self.frame_seq_len,
-                frames_per_block=self.frames_per_block,
-                sink_frames=sink_frames,
-                recent_frames=recent_frames,
-                time=time,
-                max_lag=max_lag,
-            ),
+            spec=spec,
             policy=policy,
             seeds=seeds,
-            sampler=sampler or self.sampler,
+            sampler=self.sampler,
             head=self.head,
+            targets=targets,
         )
 
 

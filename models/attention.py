@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -46,8 +46,13 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
     """
     if angles.dim() == 3:
         angles = angles[:, None]  # one set of angles for all heads of a sample
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    pairs = torch.view_as_complex(split_pairs(x))
     return torch.view_as_real(pairs * angles).flatten(-2).to(x.dtype)
+
+
+def split_pairs(x: Tensor) -> Tensor:
+    """The channel pairs that are rotated together, float32.  [..., D] to [..., D / 2, 2]."""
+    return x.float().unflatten(-1, (-1, 2))
 
 
 def grid_positions(frames: Tensor, height: int, width: int) -> Tensor:
@@ -136,6 +141,29 @@ def group_teacher_forcing(mask: Tensor, block_len: int, num_groups: int) -> list
     return groups
 
 
+@dataclass(frozen=True)
+class Projected:
+    """What self-attention makes of a layer's tokens; [B, N, S, D] each.
+
+    Attributes:
+        queries: Before rotation.
+        rotated_queries: As they read.
+        keys: Before rotation.
+        rotated_keys: As they are read.
+        values: Never rotated.
+    """
+
+    queries: Tensor
+    rotated_queries: Tensor
+    keys: Tensor
+    rotated_keys: Tensor
+    values: Tensor
+
+    def detached(self) -> "Projected":
+        """Without gradient."""
+        return Projected(*(getattr(self, entry.name).detach() for entry in fields(self)))
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm with statistics in float32 and a learned weight."""
 
@@ -195,7 +223,7 @@ def attend(
     mask: Tensor | list[QueryGroup] | None = None,
     observe: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
-    """Softmax attention; with `observe`, the probabilities are made and handed over, without grad.
+    """Softmax attention.
 
     Args:
         queries: [B, N, Q, D]
@@ -203,7 +231,8 @@ def attend(
         values: [B, N, S, D]
         mask: Added to the scores, broadcastable to [B, N, Q, S], see `additive_mask`; or groups
             with such masks. The queries may be the last ones only.
-        observe: Called with the probabilities.  [B, N, Q, S]
+        observe: Called with what each key received, summed over queries, without gradient.
+            [B, N, S]
     """
     if not queries.shape[2]:
         return queries
@@ -211,14 +240,35 @@ def attend(
         return _attend_in_groups(queries, keys, values, mask)
     if mask is not None:
         mask = mask[..., -queries.shape[2] :, :]
-    if observe is None:
-        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
-    scores = queries @ keys.transpose(-1, -2) * queries.shape[-1] ** -0.5
-    if mask is not None:
-        scores = scores + mask
-    probabilities = scores.softmax(dim=-1)
-    observe(probabilities.detach())
-    return probabilities @ values
+    if observe is not None:
+        observe(attention_received(queries, keys, mask))
+    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+
+
+@torch.no_grad()
+def attention_received(
+    queries: Tensor, keys: Tensor, mask: Tensor | None = None, *, max_tile_values: int = 1 << 24
+) -> Tensor:
+    """Attention probability of each key summed over queries, streamed over tiles of queries.
+
+    Args:
+        queries: [B, N, Q, D]
+        keys: [B, N, S, D]
+        mask: Added to the scores, alike for all queries.  [B, 1, 1, S]
+        max_tile_values: Probabilities held at once.
+
+    Returns:
+        float32.  [B, N, S]
+    """
+    received = keys.new_zeros(keys.shape[:3], dtype=torch.float32)
+    rows = max(1, max_tile_values // received.numel())
+    scaled = queries.detach() * queries.shape[-1] ** -0.5
+    for tile in scaled.split(rows, dim=2):
+        scores = (tile @ keys.detach().transpose(-1, -2)).float()
+        if mask is not None:
+            scores += mask.float()
+        received += scores.softmax(dim=-1).sum(dim=2)
+    return received
 
 
 def _attend_in_groups(

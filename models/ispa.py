@@ -38,7 +38,17 @@ class GapStatistics:
         shape = (num_samples, width, width)
         self.local = torch.zeros(shape, dtype=torch.float64, device=device)  # A
         self.gap = torch.zeros(shape, dtype=torch.float64, device=device)  # C
+        self.lost = torch.zeros(num_samples, dtype=torch.float64, device=device)
+        self.whole = torch.zeros(num_samples, dtype=torch.float64, device=device)
         self.num_queries = 0
+
+    @property
+    def relative_gap(self) -> float:
+        """Share of the squared length of full outputs that local ones lack, mean over samples.
+
+        Layers in which it is small are the ones to make local.
+        """
+        return float((self.lost / self.whole).mean())
 
     @torch.no_grad()
     def update(self, full: Tensor, local: Tensor) -> None:
@@ -66,6 +76,8 @@ class GapStatistics:
         for index in range(num_samples):
             read = _merge_heads(local[index]).double()  # [Q, E]
             missing = _merge_heads(full[index]).double() - read
+            self.lost[index] += missing.square().sum()
+            self.whole[index] += (missing + read).square().sum()
             self.local[index].addmm_(read.T, read)
             self.gap[index].addmm_(missing.T, read)
         self.num_queries += local.shape[2]

@@ -1,91 +1,47 @@
 """The KV cache of the causal student: unrotated keys, a position for every token, a fixed budget.
 
-Functional: a block's tokens are appended as detached tensors and nothing is written in place, so no
-gradient crosses blocks and recomputing a forward pass sees the same past (a policy that observes
-attention would count the recomputation, too).
+For training nothing is written in place: a block's tokens are appended as detached tensors, so that
+no gradient crosses blocks and a recomputed forward pass sees the past it saw before. For generation
+the same cache can lie in memory that is taken once (`CacheSpec.preallocate`), with equal results.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from models.attention import attend, rotary_angles, rotate
+from models.attention import grid_positions
+from models.kv_layer import LayerCache
+from models.kv_memory import Past
+from models.kv_policies import build_policy
 from models.kv_policy import CachePolicy, Entering, Tokens
+from models.kv_spec import CacheSpec, Clock
 
 if TYPE_CHECKING:
     from models.salience import SalienceHead
 
 
-@dataclass
-class CacheSpec:
-    """Geometry of a cache; all counts per layer and sample.
-
-    Attributes:
-        budget_tokens: Tokens kept after each block.
-        tokens_per_frame: Tokens of a latent frame.
-        frames_per_block: Frames generated together.
-        sink_frames: First frames of the video, never evicted.
-        recent_frames: Newest frames, never evicted; the block just finished always belongs to them.
-        time: `absolute` frame numbers, or `relative`: lags are kept up to `max_lag` and saturate.
-        max_lag: Longest lag in frames that `relative` time shows (the trained range - 1).
-    """
-
-    budget_tokens: int
-    tokens_per_frame: int
-    frames_per_block: int
-    sink_frames: int = 1
-    recent_frames: int = 2
-    time: str = "absolute"
-    max_lag: int = 0
-
-    def __post_init__(self) -> None:
-        if self.time not in ("absolute", "relative"):
-            raise ValueError(f"cache time must be 'absolute' or 'relative', got '{self.time}'")
-        if self.time == "relative" and self.max_lag < self.sink_frames + self.frames_per_block:
-            raise ValueError(
-                f"max_lag must cover sink and current block, at least "
-                f"{self.sink_frames + self.frames_per_block} frames, got {self.max_lag}"
-            )
-
-    @property
-    def protected_frames(self) -> int:
-        """Recent frames that are never candidates."""
-        return max(self.recent_frames, self.frames_per_block)
-
-    def check_budget(self, policy: CachePolicy) -> None:
-        """Raise ValueError if the budget cannot hold what is protected."""
-        sink = self.sink_frames if policy.protects_sink else 0
-        needed = (sink + self.protected_frames) * self.tokens_per_frame
-        if policy.is_bounded and self.budget_tokens < needed:
-            raise ValueError(
-                f"the cache budget must hold sink and recent frames, {sink} + "
-                f"{self.protected_frames} frames of {self.tokens_per_frame} tokens = {needed}, "
-                f"got {self.budget_tokens}; raise budget_tokens or protect fewer frames"
-            )
-
-
 class KVCache:
     """Past of a batch of videos that advance in step.
 
-    One generation step is `begin` (which block comes), any number of reads, then one forward pass
+    One generation step is `begin` (which block comes), any number of passes that read, then one
     that writes, after which the policy evicts down to the budget, per layer and per sample.
 
     Args:
         num_layers: Layers of the transformer.
         head_dim: Channels of a head.
         rope_theta: Base of the rotary frequencies.
-        spec: Geometry and budget.
+        spec: Geometry, budget, storage.
         policy: What to keep.
         seeds: Seed of each sample, for policies that draw lots.  [B]
         passes_per_block: Forward passes that read the cache per block; scales observed attention.
         head: Salience head, needed by policies that say so.
+        targets: True salience of every token, needed by policies that say so.  [L, B, S, 3]
 
     Raises:
-        ValueError: If the budget cannot hold the protected frames, or the head is missing.
+        ValueError: If the budget cannot hold the protected frames, or head or targets are missing.
     """
 
     def __init__(
@@ -99,38 +55,90 @@ class KVCache:
         seeds: Tensor,
         passes_per_block: int = 1,
         head: SalienceHead | None = None,
+        targets: Tensor | None = None,
     ) -> None:
-        spec.check_budget(policy)
+        spec.check(policy, num_layers)
         if policy.needs_head and head is None:
             raise ValueError(
                 f"policy '{policy.name}' needs a salience head, this checkpoint has none; "
                 "take one from the `salience` stage or later, or choose another policy"
             )
-        self.spec, self.policy, self.seeds, self.head = spec, policy, seeds, head
+        if policy.needs_targets and targets is None:
+            raise ValueError(
+                f"policy '{policy.name}' needs the teacher's targets on the video itself, got "
+                "none; only an evaluation can have them, choose another policy"
+            )
+        self.spec, self.policy, self.seeds = spec, policy, seeds
+        self.head, self.targets = head, targets
         self.head_dim, self.rope_theta = head_dim, rope_theta
-        self.passes_per_block = passes_per_block
-        self.layers: list[Tokens | None] = [None] * num_layers
+        window = build_policy("sink_window")  # of layers that ISPA makes local
+        self._layers = [
+            LayerCache(
+                layer,
+                spec=spec,
+                policy=window if layer in spec.local_layers else policy,
+                passes_per_block=passes_per_block,
+            )
+            for layer in range(num_layers)
+        ]
         self.num_frames = 0  # frames written so far
-        self._rotated: list[Tensor | None] = [None] * num_layers  # keys as the coming block reads
-        self._observed: list[Tensor | None] = [None] * num_layers  # attention they got from it
+        self._clock: Clock | None = None
+        self._next_gap = 0
+        self._frames: Tensor | None = None
+
+    @property
+    def layers(self) -> list[Tokens | None]:
+        """Kept tokens of each layer; those in 4 bits or on the host are not among them."""
+        return [layer.kept.tokens for layer in self._layers]
 
     @property
     def num_tokens(self) -> int:
-        """Tokens held per layer and sample."""
-        return 0 if self.layers[0] is None else self.layers[0].positions.shape[1]
+        """Tokens kept per sample, mean over layers, rounded down."""
+        return sum(layer.kept.count for layer in self._layers) // len(self._layers)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all keys and values held."""
-        held = [t for t in self.layers if t is not None]
-        return sum(x.numel() * x.element_size() for t in held for x in (t.keys, t.values))
+        """Bytes on the device of all that is held, see `LayerCache.num_bytes`."""
+        return sum(layer.num_bytes for layer in self._layers)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of the tokens that were moved to host memory."""
+        held = [layer.host.tokens for layer in self._layers]
+        return sum(tokens.num_bytes for tokens in held if tokens is not None)
+
+    @property
+    def needs_whole_passes(self) -> bool:
+        """Whether the attention of every layer counts, even in a pass that only writes."""
+        return self.policy.observes_attention or self.num_frames < self.spec.warmup_frames
+
+    @property
+    def relative_gaps(self) -> list[float]:
+        """What local attention lacks, of each layer that ISPA watches in its warm-up.
+
+        See `models.ispa.GapStatistics.relative_gap`; nan before the second block.
+        """
+        return [layer.relative_gap for layer in self._layers if layer.is_local]
+
+    @property
+    def clock(self) -> Clock:
+        """Of the announced block.
+
+        Raises:
+            ValueError: If none is announced.
+        """
+        if self._clock is None:
+            raise ValueError(
+                "a block must be announced before it is read or written; call cache.begin(frames)"
+            )
+        return self._clock
 
     def clear(self) -> None:
         """Forget everything; the next block is frame 0."""
-        self.layers = [None] * len(self.layers)
-        self._rotated = [None] * len(self.layers)
-        self._observed = [None] * len(self.layers)
-        self.num_frames = 0
+        for layer in self._layers:
+            layer.clear()
+        self.num_frames, self._next_gap = 0, 0
+        self._clock = None
 
     def skip_to(self, frame: int) -> None:
         """Let the next block start at a later frame; the frames between are never seen.
@@ -141,113 +149,104 @@ class KVCache:
         if frame < self.num_frames:
             raise ValueError(f"cannot go back from frame {self.num_frames} to {frame}")
         self.num_frames = frame
+        self._forget_reading()
 
-    def begin(self, frames: Tensor, *, write: bool) -> None:
-        """Announce the frames of the coming forward pass; rotates the cached keys once per block.
+    def flush(self, recent_frames: int) -> None:
+        """Keep sink and newest frames only, as when the prompt changes.
+
+        Source: KV flush of Infinity-RoPE, arXiv:2511.20649.
+
+        Args:
+            recent_frames: Newest frames that stay.
 
         Raises:
-            ValueError: If the frames do not continue the video.
+            ValueError: If the policy does not protect as many, or not the sink.
         """
-        first, count = int(frames[0]), len(frames)
-        if first != self.num_frames:
+        if recent_frames > self.spec.protected_frames or not self.policy.protects_sink:
             raise ValueError(
-                f"the next block must start at frame {self.num_frames}, got {first}; "
-                "blocks are generated in order, each written once"
+                f"a flush keeps the sink and at most the {self.spec.protected_frames} newest "
+                f"frames, which the cache must protect; got {recent_frames} frames and policy "
+                f"'{self.policy.name}'; raise recent_frames of the cache or choose another policy"
             )
-        if self._rotated[0] is None and self.layers[0] is not None:
-            self._anchor = self._time_anchor(first + count - 1)
-            for layer, tokens in enumerate(self.layers):
-                assert tokens is not None
-                angles = rotary_angles(
-                    self.time_of_read(tokens.positions), self.head_dim, self.rope_theta
-                )
-                self._rotated[layer] = rotate(tokens.keys, angles)
-        self._anchor = self._time_anchor(first + count - 1)
-        if write:
-            self.num_frames = first + count
+        per_frame = self.spec.tokens_per_frame
+        sink = min(self.spec.sink_frames, self.num_frames)
+        newest = min(recent_frames, self.num_frames - sink)
+        for layer in self._layers:
+            layer.flush(sink=sink * per_frame, newest=newest * per_frame)
+        self._forget_reading()
 
-    def _time_anchor(self, newest: int) -> tuple[int, int]:
-        return newest, min(newest, self.spec.max_lag)
+    def cut(self, gap_frames: int) -> None:
+        """Show the coming block later than it stands, once, as the first block of a new scene.
 
-    def time_of_read(self, positions: Tensor) -> Tensor:
-        """Positions as attention sees them while the announced block is generated.
-
-        `relative` time: newest frame at t_max, older at t_max - lag, never below 0, sinks at their
-        own frame number. While the video is no longer than t_max it equals `absolute`.
-        """
-        if self.spec.time == "absolute":
-            return positions
-        newest, anchor = self._anchor
-        frame = positions[..., 0]
-        shown = anchor - (newest - frame).clamp(max=anchor)
-        shown = torch.where(frame < self.spec.sink_frames, frame, shown)
-        return torch.cat([shown[..., None], positions[..., 1:]], dim=-1)
-
-    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Attention of the current block over the cached and its own tokens.
+        Source: RoPE cut of Infinity-RoPE, arXiv:2511.20649.
 
         Args:
-            layer: Number of the layer.
-            queries: Rotated.  [B, N, Q, D]
-            keys: Rotated, of the current block.  [B, N, Q, D]
-            values: Of the current block.  [B, N, Q, D]
+            gap_frames: By how many frames.
         """
-        tokens, rotated = self.layers[layer], self._rotated[layer]
-        if tokens is None or rotated is None:
-            return attend(queries, keys, values)
-        keys = torch.cat([rotated, keys], dim=2)
-        values = torch.cat([tokens.values, values], dim=2)
-        if not self.policy.observes_attention:
-            return attend(queries, keys, values)
-        held = tokens.positions.shape[1]
+        self._next_gap = gap_frames
+        self._forget_reading()
 
-        def observe(probabilities: Tensor) -> None:
-            mass = probabilities[..., :held].float().sum(2).mean(1) / self.passes_per_block
-            seen = self._observed[layer]
-            self._observed[layer] = mass if seen is None else seen + mass
-
-        return attend(queries, keys, values, observe=observe)
-
-    def append(
-        self, layer: int, keys: Tensor, values: Tensor, *, positions: Tensor, hidden: Tensor
-    ) -> None:
-        """Take in a finished block's tokens of one layer, then evict down to the budget.
+    def begin(self, count: int) -> None:
+        """Announce the block that comes next; its past is rotated here, once for all passes.
 
         Args:
-            layer: Number of the layer.
-            keys: Not rotated.  [B, N, S, D]
-            values: [B, N, S, D]
-            positions: (frame, row, column).  [S, 3]
-            hidden: The layer's input.  [B, S, E]
+            count: Frames of the block, which starts with the first that is not written yet.
         """
-        positions = positions.expand(keys.shape[0], -1, -1)
-        with torch.no_grad():
-            entering = Entering(layer, hidden.detach(), positions, self.seeds, self.head)
-            new = Tokens(keys.detach(), values.detach(), positions, self.policy.enter(entering))
-            old, mass = self.layers[layer], self._observed[layer]
-            if old is not None:
-                if mass is not None:
-                    old = replace(old, features=self.policy.observe(old.features, mass))
-                new = Tokens(
-                    torch.cat([old.keys, new.keys], dim=2),
-                    torch.cat([old.values, new.values], dim=2),
-                    torch.cat([old.positions, new.positions], dim=1),
-                    torch.cat([old.features, new.features], dim=1),
-                )
-            self.layers[layer] = self._evict(new)
-            self._rotated[layer] = self._observed[layer] = None
+        clock = Clock(
+            self.spec, self.head_dim, self.rope_theta, self.num_frames, count, self._next_gap
+        )
+        if self._clock == clock:
+            return
+        self._forget_reading()
+        self._clock = clock
+        own = clock.own_frames(self.seeds.device)
+        frames = torch.stack([own, clock.shown(own) + clock.gap_frames])  # [2, F]
+        if self.spec.preallocate and self._frames is not None and self._frames.shape[1] == count:
+            self._frames.copy_(frames)  # where a captured CUDA graph reads them
+        else:
+            self._frames = frames
+        for layer in self._layers:
+            layer.prepare(clock)
 
-    def _evict(self, tokens: Tokens) -> Tokens:
-        held, budget = tokens.positions.shape[1], self.spec.budget_tokens
-        if not self.policy.is_bounded or held <= budget:
-            return tokens
-        frame = tokens.positions[..., 0]
-        age = (self.num_frames - 1 - frame) // self.spec.frames_per_block
-        rank = self.policy.rank(tokens, age).float()
-        protected = frame >= self.num_frames - self.spec.protected_frames
-        if self.policy.protects_sink:
-            protected |= frame < self.spec.sink_frames
-        rank = rank.masked_fill(protected, torch.inf)
-        # A stable sort breaks ties by age, the same on every device; the kept stay in time order.
-        order = rank.argsort(dim=1, descending=True, stable=True)
-        return tokens.select(order[:, :budget].sort(dim=1).values)
+    def positions(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """(frame, row, column) of the announced tokens: true ones, and as attention sees them.
+
+        Args:
+            grid: Token (rows, columns) of a frame.
+
+        Returns:
+            [S, 3] each
+        """
+        assert self.clock.count > 0
+        assert self._frames is not None, "made when the block was announced"
+        own, shown = self._frames
+        return grid_positions(own, *grid), grid_positions(shown, *grid)
+
+    def past(self, layer: int) -> Past | None:
+        """What the announced block reads of a layer; None before the first block."""
+        return self._layers[layer].past(self.clock)
+
+    def append(self, entering: Entering, *, grid: tuple[int, int]) -> None:
+        """Take in the announced block's tokens of one layer, then evict down to the budget.
+
+        Args:
+            entering: The block, detached; head and targets are filled in here.
+            grid: Token (rows, columns) of a frame.
+        """
+        entering.head = self.head
+        if self.targets is not None:
+            first = self.num_frames * self.spec.tokens_per_frame
+            last = first + entering.projected.keys.shape[2]
+            entering.targets = self.targets[entering.layer, :, first:last]
+        self._layers[entering.layer].append(entering, clock=self.clock, grid=grid)
+
+    def advance(self) -> None:
+        """The announced block is written in all layers; the next one follows it."""
+        self.num_frames = self.clock.end
+        self._next_gap = 0
+        self._forget_reading()
+
+    def _forget_reading(self) -> None:
+        self._clock = None
+        for layer in self._layers:
+            layer.forget_reading()

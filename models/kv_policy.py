@@ -1,21 +1,25 @@
-"""What a KV cache keeps: every policy of the project, and their registry.
+"""What a policy of the KV cache is: what it sees, what it decides, and the registry of all.
 
-To add a policy, write one class here: a dataclass deriving from `CachePolicy` with a `name`. Its
-fields are its parameters in YAML (`cache.params`); being defined registers it for training,
-sampling, evaluation and the contract tests.
+To add a policy, write one class in `models/kv_policies.py`: a dataclass deriving from `CachePolicy`
+(or `ScoredPolicy`) with a `name`. Its fields are its parameters in YAML; being defined registers it
+for training, sampling, evaluation, benchmarks and the contract tests.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from models.attention import Projected
+from models.kv_storage import Storage
+
 if TYPE_CHECKING:
+    from models.kv_spec import CacheSpec
     from models.salience import SalienceHead
 
 POLICIES: dict[str, type[CachePolicy]] = {}
@@ -23,54 +27,337 @@ POLICIES: dict[str, type[CachePolicy]] = {}
 
 @dataclass
 class Tokens:
-    """What a policy may look at: one layer's cached tokens, oldest first.
+    """One layer's cached tokens, oldest first.
 
     Attributes:
-        keys: Before rotation.  [B, N, S, D]
-        values: [B, N, S, D]
+        parts: Keys before rotation and values as they are stored, token axis 2.  [B, N, S, *]
         positions: (frame, row, column).  [B, S, 3]
-        features: Columns the policy gave each token when it entered.  [B, S, K]
+        features: Columns the policy gave each token.  [B, S, K]
+        storage: What `parts` are to keys and values.
+        calibration: Of the storage, made from the layer's first tokens.
+        dtype: Of keys and values when they are read.
     """
 
-    keys: Tensor
-    values: Tensor
+    parts: dict[str, Tensor]
     positions: Tensor
     features: Tensor
+    storage: Storage
+    calibration: dict[str, Tensor]
+    dtype: torch.dtype
+
+    @property
+    def count(self) -> int:
+        """Tokens of a sample."""
+        return self.positions.shape[1]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of keys and values as stored."""
+        return sum(part.numel() * part.element_size() for part in self.parts.values())
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Keys before rotation and values.  [B, N, S, D] each."""
+        return self.storage.decode(self.parts, self.calibration, self.dtype)
 
     def select(self, indices: Tensor) -> Tokens:
         """The tokens at `indices` of each sample.  [B, k]."""
-
-        def gather(x: Tensor, axis: int) -> Tensor:
-            shape = [1] * x.dim()
-            shape[0], shape[axis] = indices.shape
-            expanded = indices.view(shape).expand(*x.shape[:axis], -1, *x.shape[axis + 1 :])
-            return x.gather(axis, expanded)
-
-        return Tokens(
-            gather(self.keys, 2),
-            gather(self.values, 2),
-            gather(self.positions, 1),
-            gather(self.features, 1),
+        return replace(
+            self,
+            parts={name: _gather(part, indices, 2) for name, part in self.parts.items()},
+            positions=_gather(self.positions, indices, 1),
+            features=_gather(self.features, indices, 1),
         )
+
+    def span(self, start: int, stop: int) -> Tokens:
+        """The tokens from `start` to before `stop`: views."""
+        return replace(
+            self,
+            parts={name: part[:, :, start:stop] for name, part in self.parts.items()},
+            positions=self.positions[:, start:stop],
+            features=self.features[:, start:stop],
+        )
+
+    def extend(self, newer: Tokens) -> Tokens:
+        """These tokens and then `newer` ones of the same storage."""
+        return replace(
+            self,
+            parts={
+                name: torch.cat([part, newer.parts[name]], 2) for name, part in self.parts.items()
+            },
+            positions=torch.cat([self.positions, newer.positions], 1),
+            features=torch.cat([self.features, newer.features], 1),
+        )
+
+    def to(self, device: torch.device | str) -> Tokens:
+        """The same tokens on a device."""
+        return replace(
+            self,
+            parts={name: part.to(device) for name, part in self.parts.items()},
+            positions=self.positions.to(device),
+            features=self.features.to(device),
+            calibration={name: part.to(device) for name, part in self.calibration.items()},
+        )
+
+    def stored_as(self, storage: Storage, calibration: dict[str, Tensor]) -> Tokens:
+        """The same tokens in another storage."""
+        parts = storage.encode(*self.read(), calibration)
+        return replace(self, parts=parts, storage=storage, calibration=calibration)
+
+
+def _gather(x: Tensor, indices: Tensor, axis: int) -> Tensor:
+    shape = [1] * x.dim()
+    shape[0], shape[axis] = indices.shape
+    expanded = indices.view(shape).expand(*x.shape[:axis], -1, *x.shape[axis + 1 :])
+    return x.gather(axis, expanded)
 
 
 @dataclass
 class Entering:
-    """One block's tokens of one layer as they enter the cache.
+    """One block's tokens of one layer as they enter the cache, after its clean pass.
 
     Attributes:
         layer: Number of the layer.
-        hidden: The layer's input in the clean pass.  [B, S, E]
+        hidden: The layer's input.  [B, S, E]
         positions: (frame, row, column).  [B, S, 3]
         seeds: Seed of each sample.  [B]
+        projected: Queries, keys and values.
+        match_prompt: Makes the similarity of each token to the prompt.  [B, S]
         head: The salience head, or None where no policy needs it.
+        targets: True salience of the tokens, or None where no policy needs it.  [B, S, 3]
     """
 
     layer: int
     hidden: Tensor
     positions: Tensor
     seeds: Tensor
-    head: SalienceHead | None
+    projected: Projected
+    match_prompt: Callable[[], Tensor]
+    head: SalienceHead | None = None
+    targets: Tensor | None = None
+
+
+@dataclass
+class Eviction:
+    """One layer's tokens that exceed the budget, and what a policy may know when it decides.
+
+    Attributes:
+        tokens: Oldest first.
+        budget: How many may stay.
+        age: Blocks since each token's block, 0 for the newest.  [B, S]
+        protected: Tokens that must stay: sink and recent frames.  [B, S]
+        num_frames: Of the video so far.
+        grid: Token (rows, columns) of a frame.
+        spec: Of the cache.
+        memory: What `remember` keeps of the layer; None if nothing.
+        key_angles: With which the coming block will read the tokens.  [B, S, D / 2]
+        query_angles: Of the coming block's queries.  [Q, D / 2]
+    """
+
+    tokens: Tokens
+    budget: int
+    age: Tensor
+    protected: Tensor
+    num_frames: int
+    grid: tuple[int, int]
+    spec: CacheSpec
+    memory: Tensor | None
+    key_angles: Callable[[], Tensor]
+    query_angles: Callable[[], Tensor]
+
+
+class CachePolicy:
+    """Decides which tokens stay when a block has entered and the budget is exceeded.
+
+    Sink and recent frames are protected by the cache itself and never ranked away.
+    """
+
+    name: ClassVar[str]
+    is_bounded: ClassVar[bool] = True
+    protects_sink: ClassVar[bool] = True
+    needs_head: ClassVar[bool] = False
+    needs_targets: ClassVar[bool] = False
+    observes_attention: ClassVar[bool] = False
+    changes_tokens: ClassVar[bool] = False
+    """Whether what stays may differ from what entered, as after a merge."""
+    acts_every_block: ClassVar[bool] = False
+    """Whether `evict` is called after every block, not only above the budget."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" not in cls.__dict__:
+            return
+        if cls.name in POLICIES:
+            raise TypeError(f"policy name '{cls.name}' is taken by {POLICIES[cls.name].__name__}")
+        POLICIES[cls.name] = cls
+
+    def enter(self, entering: Entering) -> Tensor:
+        """Features remembered for each entering token.  [B, S, K]; none by default."""
+        return _no_features(entering)
+
+    def remember(self, memory: Tensor | None, entering: Entering) -> Tensor | None:
+        """What to know of the layer's past besides its tokens, once a block has entered.
+
+        Args:
+            memory: What the last call returned; None at first.  [B, ...]
+            entering: The block.
+        """
+        return None
+
+    def renew(self, held: Tokens, rotated_keys: Callable[[], Tensor], entering: Entering) -> Tensor:
+        """Features of the tokens that are there when a block enters.  [B, S, K].
+
+        Args:
+            held: Without the block's tokens.
+            rotated_keys: Makes their keys as the block read them.  [B, N, S, D]
+            entering: The block.
+        """
+        return held.features
+
+    def observe(self, features: Tensor, mass: Tensor) -> Tensor:
+        """New features once a block is finished; only if `observes_attention`.
+
+        Args:
+            features: [B, S, K]
+            mass: Attention each token received while the block was made: summed over queries,
+                mean over heads and over the forward passes of a block.  [B, S]
+        """
+        raise TypeError(f"policy '{self.name}' does not observe attention")
+
+    def rank(self, eviction: Eviction) -> Tensor:
+        """How much each token is worth keeping, higher = keep.  float32 [B, S]."""
+        raise TypeError(f"policy '{self.name}' does not rank")
+
+    def evict(self, eviction: Eviction) -> tuple[Tokens, Tensor]:
+        """The tokens that stay, at most `eviction.budget`, in order of time.
+
+        Returns:
+            Tokens, and the indices of those that go, [B, n]; n = 0 if nothing is left of them.
+        """
+        rank = self.rank(eviction).float().masked_fill(eviction.protected, torch.inf)
+        # A stable sort breaks ties by age, the same on every device.
+        order = rank.argsort(dim=1, descending=True, stable=True)
+        kept = order[:, : eviction.budget].sort(dim=1).values
+        return eviction.tokens.select(kept), order[:, eviction.budget :].sort(dim=1).values
+
+    def logit_bias(self, tokens: Tokens) -> Tensor | None:
+        """Added to the attention scores of the tokens, [B, S]; None adds nothing."""
+        return None
+
+
+def _no_features(entering: Entering) -> Tensor:
+    return entering.hidden.new_zeros((*entering.positions.shape[:2], 0), dtype=torch.float32)
+
+
+@dataclass
+class ScoredPolicy(CachePolicy):
+    """A score in standard deviations, less a charge for age and one for redundancy.
+
+    Rank = score - age_weight * age in blocks - redundancy_weight * redundancy. A score that was
+    given when a token entered cannot see copies: old copies of one content win ties and pile up.
+    Redundancy is the largest cosine of the token's key (before rotation, all heads joined) with
+    the key of any newer token; -1 until a newer one has come.
+
+    Attributes:
+        age_weight: Per block of age.
+        redundancy_weight: Of the redundancy; 0 leaves it uncomputed.
+    """
+
+    age_weight: float = 0.05
+    redundancy_weight: float = 0.0
+
+    def describe(self, entering: Entering) -> Tensor:
+        """Features that the score needs.  [B, S, K]; none by default."""
+        return _no_features(entering)
+
+    def renew_description(
+        self, held: Tokens, features: Tensor, rotated_keys: Callable[[], Tensor], entering: Entering
+    ) -> Tensor:
+        """As `renew`, for the columns of `describe`, which are `features`."""
+        return features
+
+    def score(self, eviction: Eviction, features: Tensor) -> Tensor:
+        """Score of each token from the columns of `describe`.  [B, S]."""
+        raise TypeError(f"policy '{self.name}' does not score")
+
+    def enter(self, entering: Entering) -> Tensor:
+        """The description, and a column of redundancy if that counts."""
+        described = self.describe(entering)
+        if self.redundancy_weight == 0:
+            return described
+        return torch.cat([described, torch.full_like(described[..., :1], -1.0)], dim=-1)
+
+    def renew(self, held: Tokens, rotated_keys: Callable[[], Tensor], entering: Entering) -> Tensor:
+        """The description renewed, and redundancy raised by newer tokens like it."""
+        if self.redundancy_weight == 0:
+            return self.renew_description(held, held.features, rotated_keys, entering)
+        features, before = held.features[..., :-1], held.features[..., -1]
+        renewed = self.renew_description(held, features, rotated_keys, entering)
+        similar, _ = nearest(held.read()[0], entering.projected.keys)
+        return torch.cat([renewed, torch.maximum(before, similar)[..., None]], dim=-1)
+
+    def rank(self, eviction: Eviction) -> Tensor:
+        """Score less the charges."""
+        features = eviction.tokens.features
+        charge = self.age_weight * eviction.age
+        if self.redundancy_weight != 0:
+            features, redundancy = features[..., :-1], features[..., -1]
+            charge = charge + self.redundancy_weight * redundancy
+        return self.score(eviction, features) - charge
+
+
+def standardised(score: Tensor) -> Tensor:
+    """Score over the cached tokens of a sample with mean 0 and deviation 1.  [B, S].
+
+    So that one grid of age weights fits policies whose scores have different units.
+    """
+    spread = score.std(dim=1, keepdim=True).clamp(min=1e-6)
+    return (score - score.mean(dim=1, keepdim=True)) / spread
+
+
+def nearest(
+    keys: Tensor, others: Tensor, *, frames: Tensor | None = None, max_tile_values: int = 1 << 24
+) -> tuple[Tensor, Tensor]:
+    """For each key the most similar of the others: cosine of all heads joined, and its index.
+
+    Args:
+        keys: [B, N, S, D]
+        others: [B, N, T, D]
+        frames: If given, of both keys and others, which are then the same tokens: only those of
+            later frames count.  [B, S]
+        max_tile_values: Cosines held at once.
+
+    Returns:
+        Cosine in float32, -inf where nothing counts, and index into `others`.  [B, S] each
+    """
+    unit = F.normalize(_joined(others), dim=-1).transpose(1, 2)
+    rows = max(1, max_tile_values // max(1, unit.shape[0] * unit.shape[2]))
+    found = []
+    for start in range(0, keys.shape[2], rows):
+        part = _joined(keys[:, :, start : start + rows])
+        cosine = F.normalize(part, dim=-1) @ unit
+        if frames is not None:
+            later = frames[:, None, :] > frames[:, start : start + rows, None]
+            cosine = cosine.masked_fill(~later, -torch.inf)
+        found.append(cosine.max(dim=-1))
+    return torch.cat([f.values for f in found], 1), torch.cat([f.indices for f in found], 1)
+
+
+def pointed_at(queries: Tensor, keys: Tensor) -> Tensor:
+    """Mean over queries and heads of q . k / D^0.5, no softmax: one product with the mean query.
+
+    Args:
+        queries: [B, N, Q, D]
+        keys: [B, N, S, D]
+
+    Returns:
+        float32.  [B, S]
+    """
+    mean = queries.float().mean(dim=2, keepdim=True)
+    return (keys.float() @ mean.transpose(2, 3))[..., 0].mean(dim=1) * queries.shape[-1] ** -0.5
+
+
+def _joined(keys: Tensor) -> Tensor:
+    return keys.transpose(1, 2).flatten(2).float()
 
 
 def hash_uniform(seeds: Tensor, *integers: Tensor | int) -> Tensor:
@@ -84,7 +371,10 @@ def hash_uniform(seeds: Tensor, *integers: Tensor | int) -> Tensor:
     """
     state = seeds
     for integer in integers:
-        state = _mix(state + torch.as_tensor(integer, device=seeds.device).add(1) * _GOLDEN)
+        step = (integer + 1) * _GOLDEN
+        if isinstance(step, int):
+            step = (step + 2**63) % 2**64 - 2**63  # as a product of int64 wraps
+        state = _mix(state + step)
     return (state & ((1 << 53) - 1)).double().mul(2.0**-53).float().clamp(max=1 - 2**-24)
 
 
@@ -99,236 +389,3 @@ def _mix(z: Tensor) -> Tensor:
 
 def _shift_right(z: Tensor, bits: int) -> Tensor:
     return (z >> bits) & ((1 << (64 - bits)) - 1)  # logical, not arithmetic
-
-
-class CachePolicy:
-    """Ranks the tokens that compete for the free slots of the cache.
-
-    Sink and recent frames are protected by the cache itself and never ranked away.
-    """
-
-    name: ClassVar[str]
-    is_bounded: ClassVar[bool] = True
-    protects_sink: ClassVar[bool] = True
-    needs_head: ClassVar[bool] = False
-    observes_attention: ClassVar[bool] = False
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if cls.name in POLICIES:
-            raise TypeError(f"policy name '{cls.name}' is taken by {POLICIES[cls.name].__name__}")
-        POLICIES[cls.name] = cls
-
-    def enter(self, tokens: Entering) -> Tensor:
-        """Features remembered for each entering token.  [B, S, K]; none by default."""
-        return tokens.positions.new_zeros((*tokens.positions.shape[:2], 0), dtype=torch.float32)
-
-    def observe(self, features: Tensor, mass: Tensor) -> Tensor:
-        """New features once a block is finished; only if `observes_attention`.
-
-        Args:
-            features: [B, S, K]
-            mass: Attention each token received while the block was made: summed over queries,
-                mean over heads and over the forward passes of a block.  [B, S]
-        """
-        raise TypeError(f"policy '{self.name}' does not observe attention")
-
-    def rank(self, tokens: Tokens, age: Tensor) -> Tensor:
-        """How much each token is worth keeping, higher = keep.
-
-        Args:
-            tokens: One layer's cached tokens, oldest first.
-            age: Blocks since each token's block, 0 for the newest.  [B, S]
-
-        Returns:
-            float32.  [B, S]
-        """
-        raise TypeError(f"policy '{self.name}' does not rank")
-
-
-@dataclass
-class Full(CachePolicy):
-    """Keep everything; memory grows with the video. The upper reference within trained lags."""
-
-    name: ClassVar[str] = "full"
-    is_bounded: ClassVar[bool] = False
-
-
-@dataclass
-class FirstInFirstOut(CachePolicy):
-    """Keep the newest tokens only: the rolling window of Self-Forcing (arXiv:2506.08009)."""
-
-    name: ClassVar[str] = "fifo"
-    protects_sink: ClassVar[bool] = False
-
-    def rank(self, tokens: Tokens, age: Tensor) -> Tensor:
-        """Position in time: oldest first, hence rank by slot."""
-        return _slot(age)
-
-
-@dataclass
-class SinkWindow(CachePolicy):
-    """Keep the first frames and the newest tokens: LongLive (arXiv:2509.22622)."""
-
-    name: ClassVar[str] = "sink_window"
-
-    def rank(self, tokens: Tokens, age: Tensor) -> Tensor:
-        """As first-in-first-out; the cache protects the sink."""
-        return _slot(age)
-
-
-@dataclass
-class Random(CachePolicy):
-    """Keep a random subset: the control for any score.
-
-    Attributes:
-        redraw: True: new lots at every eviction (old tokens vanish geometrically). False: one lot
-            per token for life.
-    """
-
-    name: ClassVar[str] = "random"
-    redraw: bool = True
-
-    def enter(self, tokens: Entering) -> Tensor:
-        """One lot, from the sample's seed, the layer and the token's position."""
-        frame, row, column = tokens.positions.unbind(-1)
-        lot = hash_uniform(tokens.seeds[:, None], frame, row, column, tokens.layer)
-        return lot[..., None]
-
-    def rank(self, tokens: Tokens, age: Tensor) -> Tensor:
-        """The lot, hashed with the age where lots are redrawn."""
-        lot = tokens.features[..., 0]
-        if not self.redraw:
-            return lot
-        return hash_uniform((lot.double() * 2**24).long(), age)
-
-
-@dataclass
-class AttentionMass(CachePolicy):
-    """Keep what has been read most: heavy hitters (H2O, arXiv:2306.14048), over all passes.
-
-    Score = attention received so far, summed over queries and mean over heads, divided by the
-    passes of a block so that the number of denoising steps does not matter; standardised over
-    the cached tokens of a sample before age is charged (our reading, so that one age grid fits
-    all scored policies).
-
-    Attributes:
-        age_weight: Charge per block of age, in standard deviations of the score.
-        decay: Factor on the mass per block; 1 = cumulative as in H2O.
-    """
-
-    name: ClassVar[str] = "attention_mass"
-    observes_attention: ClassVar[bool] = True
-    age_weight: float = 0.0
-    decay: float = 1.0
-
-    def enter(self, tokens: Entering) -> Tensor:
-        """No attention yet."""
-        return tokens.hidden.new_zeros((*tokens.hidden.shape[:2], 1), dtype=torch.float32)
-
-    def observe(self, features: Tensor, mass: Tensor) -> Tensor:
-        """Add the attention of one block."""
-        return features * self.decay + mass[..., None]
-
-    def rank(self, tokens: Tokens, age: Tensor) -> Tensor:
-        """Standardised mass minus the charge for age."""
-        mass = tokens.features[..., 0]
-        spread = mass.std(dim=1, keepdim=True).clamp(min=1e-6)
-        return (mass - mass.mean(dim=1, keepdim=True)) / spread - self.age_weight * age
-
-
-@dataclass
-class PositionPrior(CachePolicy):
-    """Keep the places that are worth keeping on average: the strongest trivial rival.
-
-    Score = the mean teacher target of the token's (row, column) and layer, weighted over the three
-    parts; it sees where a token is, never what it shows.
-
-    Attributes:
-        weights: Of the parts later, within, earlier.
-        age_weight: Charge per block of age, in standard deviations of the target.
-    """
-
-    name: ClassVar[str] = "position_prior"
-    needs_head: ClassVar[bool] = True
-    weights: tuple[float, float, float] = (1.0, 0.0, 0.0)
-    age_weight: float = 0.05
-
-    def enter(self, tokens: Entering) -> Tensor:
-        """The three mean targets of the token's place.  [B, S, 3]."""
-        assert tokens.head is not None
-        return tokens.head.place_means(tokens.layer, tokens.positions)
-
-    def rank(self, tokens: Tokens, age: Tensor) -> Tensor:
-        """Weighted mean target minus the charge for age."""
-        return _weighted(tokens.features, self.weights) - self.age_weight * age
-
-
-@dataclass
-class Salience(CachePolicy):
-    """PaFu-KV (arXiv:2601.21896): keep what the head expects to be read.
-
-    Score = weights . (later, within, earlier) as predicted by the S-MLP from the clean pass alone.
-    The split into parts is the paper's; the weights, the standardisation and the charge for age
-    are ours: a static salience cannot see redundancy, so copies of one content pile up and old
-    copies win ties.
-
-    Attributes:
-        weights: Of the parts later, within, earlier; negative values invert.
-        age_weight: Charge per block of age, in standard deviations of the target.
-    """
-
-    name: ClassVar[str] = "salience"
-    needs_head: ClassVar[bool] = True
-    weights: tuple[float, float, float] = (1.0, 0.0, 0.0)
-    age_weight: float = 0.05
-
-    def enter(self, tokens: Entering) -> Tensor:
-        """The head's three standardised predictions.  [B, S, 3]."""
-        assert tokens.head is not None
-        return tokens.head.predict(tokens.layer, tokens.hidden)
-
-    def rank(self, tokens: Tokens, age: Tensor) -> Tensor:
-        """Weighted prediction minus the charge for age."""
-        return _weighted(tokens.features, self.weights) - self.age_weight * age
-
-
-def _slot(age: Tensor) -> Tensor:
-    return torch.arange(age.shape[1], device=age.device, dtype=torch.float32).expand_as(age)
-
-
-def _weighted(features: Tensor, weights: tuple[float, float, float]) -> Tensor:
-    return features @ features.new_tensor(weights)
-
-
-def build_policy(name: str, params: dict[str, Any] | None = None) -> CachePolicy:
-    """A policy by name.
-
-    Raises:
-        ValueError: If the name or a parameter is unknown, or three weights are not given.
-    """
-    if name not in POLICIES:
-        raise ValueError(f"cache policy '{name}' is unknown; choose one of {sorted(POLICIES)}")
-    cls, params = POLICIES[name], dict(params or {})
-    known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
-    for key in params:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
-            raise ValueError(f"policy '{name}' has no parameter '{key}', only {known}{hint}")
-    for key in params.keys() & {"age_weight", "decay"}:
-        if not isinstance(params[key], int | float):
-            raise ValueError(f"{key} of policy '{name}' must be a number, got {params[key]!r}")
-    if "redraw" in params and not isinstance(params["redraw"], bool):
-        raise ValueError(f"redraw of policy '{name}' must be true or false, got {params['redraw']}")
-    if "weights" in params:
-        params["weights"] = _three_weights(params["weights"])
-    return cls(**params)
-
-
-def _three_weights(weights: Any) -> tuple[float, ...]:
-    if isinstance(weights, Sequence) and len(weights) == 3:
-        numbers = [weight for weight in weights if isinstance(weight, int | float)]
-        if len(numbers) == 3:
-            return tuple(float(number) for number in numbers)
-    raise ValueError(f"weights must be three numbers (later, within, earlier), got {weights!r}")

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from models.flow import add_noise, velocity_to_x0
-from models.kv_cache import CacheSpec, KVCache
+from models.kv_cache import KVCache
 from models.kv_policy import CachePolicy
+from models.kv_spec import CacheSpec
 from models.salience import SalienceHead
 from models.transformer import VideoTransformer
 
@@ -30,7 +31,10 @@ class NoiseSource:
     def draw(self, shape: Sequence[int]) -> Tensor:
         """The next noise of every sample.  [B, *shape]."""
         noise = [torch.randn(*shape, generator=generator) for generator in self.generators]
-        return torch.stack(noise).to(self.device)
+        drawn = torch.stack(noise)
+        if self.device.type == "cuda":
+            drawn = drawn.pin_memory()  # the host need not wait for the copy
+        return drawn.to(self.device, non_blocking=True)
 
 
 @dataclass
@@ -60,6 +64,7 @@ def make_cache(
     seeds: Tensor,
     sampler: Sampler,
     head: SalienceHead | None = None,
+    targets: Tensor | None = None,
 ) -> KVCache:
     """An empty cache that fits a student and its sampler."""
     return KVCache(
@@ -71,6 +76,7 @@ def make_cache(
         seeds=seeds,
         passes_per_block=sampler.num_steps + 1,
         head=head,
+        targets=targets,
     )
 
 
@@ -99,13 +105,12 @@ def denoise_block(
     Returns:
         [B, F, C, H, W]
     """
-    frames = torch.arange(cache.num_frames, cache.num_frames + shape[0], device=text.device)
     latents = noise.draw(shape)
     last = sampler.num_steps - 1 if grad_step is None else grad_step
     for step in range(last + 1):
         sigma = latents.new_full(latents.shape[:2], sampler.sigmas[step])
         with torch.set_grad_enabled(torch.is_grad_enabled() and grad_step == step):
-            velocity = student(latents, sigma, text, frames=frames, cache=cache)
+            velocity = student(latents, sigma, text, cache=cache)
         following = sampler.sigmas[step + 1]
         if step == last and (grad_step is not None or sampler.renoise):
             return velocity_to_x0(velocity, latents, sigma)
@@ -123,10 +128,9 @@ def refresh(student: VelocityModel, text: Tensor, block: Tensor, *, cache: KVCac
 
     Its velocity is of no use; all attention of the pass counts, if the policy observes it.
     """
-    frames = torch.arange(cache.num_frames, cache.num_frames + block.shape[1], device=block.device)
     sigma = block.new_zeros(block.shape[:2])
-    wanted = None if cache.policy.observes_attention else 0
-    student(block.detach(), sigma, text, frames=frames, cache=cache, write=True, wanted=wanted)
+    wanted = None if cache.needs_whole_passes else 0
+    student(block.detach(), sigma, text, cache=cache, write=True, wanted=wanted)
 
 
 @torch.no_grad()

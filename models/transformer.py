@@ -5,21 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from models.attention import (
-    Attention,
+    Projected,
     QueryGroup,
     additive_mask,
-    attend,
     grid_positions,
     rotary_angles,
-    rotate,
 )
+from models.block import Block, Probe, Surroundings
+from models.kv_policy import Entering
 
 if TYPE_CHECKING:
     from models.kv_cache import KVCache
@@ -43,54 +45,6 @@ def timestep_embedding(timestep: Tensor, width: int) -> Tensor:
     exponent = torch.arange(half, dtype=torch.float64, device=timestep.device) / half
     angles = timestep.double()[..., None] * 10000.0**-exponent
     return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
-
-
-class Block(nn.Module):
-    """One layer: modulated self-attention, cross-attention to the text, modulated feed-forward."""
-
-    def __init__(self, num_heads: int, head_dim: int, ffn_dim: int, eps: float) -> None:
-        super().__init__()
-        width = num_heads * head_dim
-        self.eps = eps
-        self.self_attn = Attention(num_heads, head_dim, eps)
-        self.norm3 = nn.LayerNorm(width, eps)
-        self.cross_attn = Attention(num_heads, head_dim, eps)
-        self.ffn = nn.Sequential(
-            nn.Linear(width, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, width)
-        )
-        self.modulation = nn.Parameter(torch.randn(1, 6, width) / math.sqrt(width))
-
-    def split_modulation(self, time: Tensor) -> tuple[Tensor, ...]:
-        """Shift, scale, gate of attention, then of the feed-forward; each [B, F, 1, E], float32."""
-        return (self.modulation[:, None].float() + time.float()).chunk(6, dim=2)
-
-    def modulate(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        """Layer norm without weights, then scale and shift per frame, in float32.  [B, S, E]."""
-        normed = F.layer_norm(x.float(), x.shape[-1:], eps=self.eps)
-        frames = normed.unflatten(1, (shift.shape[1], -1))  # [B, F, P, E]
-        return torch.addcmul(shift, frames, 1 + scale).flatten(1, 2).to(x.dtype)
-
-    def add_gated(self, x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
-        """Add gate * update, gate per frame, in float32.  [B, S, E]."""
-        frames = x.float().unflatten(1, (gate.shape[1], -1))
-        update = update.float().unflatten(1, (gate.shape[1], -1))
-        return torch.addcmul(frames, gate, update).flatten(1, 2).to(x.dtype)
-
-    def finish(
-        self, x: Tensor, attended: Tensor, text: Tensor, modulation: tuple[Tensor, ...]
-    ) -> Tensor:
-        """All that follows the self-attention of a layer.
-
-        Args:
-            x: The layer's input.  [B, S, E]
-            attended: Output of softmax attention before its projection.  [B, N, S, D]
-            text: Embedded caption.  [B, T, E]
-            modulation: From `split_modulation`.
-        """
-        x = self.add_gated(x, self.self_attn.merge(attended), modulation[2])
-        x = x + self.cross_attn(self.norm3(x), text)
-        update = self.ffn(self.modulate(x, modulation[3], modulation[4]))
-        return self.add_gated(x, update, modulation[5])
 
 
 class Head(nn.Module):
@@ -135,6 +89,10 @@ class VideoTransformer(nn.Module):
         rope_theta: Base of the rotary frequencies; 10000 in Wan2.1.
         eps: Of every norm.
 
+    Attributes:
+        probe: If set, does the self-attention of passes without mask and cache.
+        recomputes_activations: Keep only the inputs of layers for the backward pass.
+
     Source: Wan2.1 technical report, arXiv:2503.20314, section 4.2.
     """
 
@@ -178,6 +136,8 @@ class VideoTransformer(nn.Module):
             Block(num_heads, head_dim, ffn_dim, eps) for _ in range(num_layers)
         )
         self.head = Head(width, math.prod(self.patch_size) * out_channels, eps)
+        self.probe: Probe | None = None
+        self.recomputes_activations = False
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -258,9 +218,10 @@ class VideoTransformer(nn.Module):
             latents: Noisy latents.  [B, F, C, H, W]
             sigma: Noise level of each frame.  [B, F]
             text: Text rows, padded with zeros; all rows are attended.  [B, T, text_dim]
-            frames: Number of each frame in the video; 0, 1, ... if not given.  [F]
+            frames: Number of each frame in the video; 0, 1, ... if not given; excludes `cache`.
+                [F]
             mask: True where a query may read a key, or groups; excludes `cache`.  [B, 1, S, S]
-            cache: Past of the video; its tokens are read before the tokens of this call.
+            cache: Past of the video, which knows the frames by `cache.begin`.
             write: Append this call's tokens to the cache (the clean pass of a finished block).
             capture: See `Capture`.
             wanted: How many frames, counted from the last, need a velocity; all if not given. The
@@ -274,35 +235,62 @@ class VideoTransformer(nn.Module):
         x = self.patch_embedding(latents.transpose(1, 2)).flatten(2).transpose(1, 2)  # [B, S, E]
         time, modulation = self.embed_time(sigma)
         text = self.text_embedding(text)
-        every = torch.arange(latents.shape[1], device=latents.device)
-        frames = every if frames is None else frames
-        positions = grid_positions(frames, *grid)
-        if cache is not None:
-            cache.begin(frames, write=write)
-        mask = self._additive(mask, x.dtype)
-        shown = positions if cache is None else cache.time_of_read(positions)
-        angles = rotary_angles(shown, self.head_dim, self.rope_theta)
+        positions, around = self._surroundings(latents, frames, mask, cache)
+        unneeded = 0 if wanted is None else latents.shape[1] - wanted  # frames
         for layer, block in enumerate(self.blocks):
             assert isinstance(block, Block)
-            parts = block.split_modulation(modulation)
-            normed = block.modulate(x, parts[0], parts[1])
-            queries, raw_keys, values = block.self_attn.project(normed, normed)
-            queries, keys = rotate(queries, angles), rotate(raw_keys, angles)
-            if capture is not None:
-                capture(layer, x, queries, keys)
+            first = unneeded * grid[0] * grid[1] if layer == self.num_layers - 1 else 0
+            past = None if cache is None else cache.past(layer)
             entering = x
-            if wanted is not None and layer == self.num_layers - 1:
-                first = latents.shape[1] - wanted
-                time, parts = time[:, first:], tuple(part[:, first:] for part in parts)
-                first *= grid[0] * grid[1]
-                x, queries = x[:, first:], queries[:, :, first:]
-            if cache is None:
-                attended = attend(queries, keys, values, mask=mask)
-            else:
-                attended = cache.attend(layer, queries, keys, values)
-                if write:
-                    cache.append(layer, raw_keys, values, positions=positions, hidden=entering)
-            if wanted == 0 and layer == self.num_layers - 1:
-                return latents.new_empty(len(latents), 0, self.out_channels, *latents.shape[-2:])
-            x = block.finish(x, attended, text, parts)
-        return self.unpatchify(self.head(x, time), grid)
+            x, projected = self._run(
+                block, x, modulation, text, replace(around, layer=layer, past=past, first=first)
+            )
+            if capture is not None:
+                capture(layer, entering, projected.rotated_queries, projected.rotated_keys)
+            if cache is not None and write:
+                hidden = entering.detach()
+                entered = Entering(
+                    layer=layer,
+                    hidden=hidden,
+                    positions=positions.expand(len(hidden), -1, -1),
+                    seeds=cache.seeds,
+                    projected=projected.detached(),
+                    match_prompt=partial(block.match_prompt, hidden, text.detach()),
+                )
+                cache.append(entered, grid=grid)
+        if cache is not None and write:
+            cache.advance()
+        if not x.shape[1]:
+            return latents.new_empty(len(latents), 0, self.out_channels, *latents.shape[-2:])
+        return self.unpatchify(self.head(x, time[:, unneeded:]), grid)
+
+    def _surroundings(
+        self,
+        latents: Tensor,
+        frames: Tensor | None,
+        mask: Tensor | list[QueryGroup] | None,
+        cache: KVCache | None,
+    ) -> tuple[Tensor, Surroundings]:
+        """True positions of the tokens, [S, 3], and what is the same for all layers."""
+        grid = self.token_grid(latents)
+        if cache is None:
+            every = torch.arange(latents.shape[1], device=latents.device)
+            positions = shown = grid_positions(every if frames is None else frames, *grid)
+        else:
+            if frames is not None:
+                raise ValueError(
+                    "a cache knows which frames come next, so `frames` must not be given with one"
+                )
+            cache.begin(latents.shape[1])
+            positions, shown = cache.positions(grid)
+        angles = rotary_angles(shown, self.head_dim, self.rope_theta)
+        probe = self.probe if cache is None and mask is None else None
+        return positions, Surroundings(angles, self._additive(mask, latents.dtype), probe)
+
+    def _run(
+        self, block: Block, x: Tensor, modulation: Tensor, text: Tensor, around: Surroundings
+    ) -> tuple[Tensor, Projected]:
+        """The layer, its activations recomputed in the backward pass if so configured."""
+        if not (self.recomputes_activations and torch.is_grad_enabled()):
+            return block(x, modulation, text, around)
+        return checkpoint(block, x, modulation, text, around, use_reentrant=False)

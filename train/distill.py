@@ -16,8 +16,9 @@ from configs.checks import require, require_above_zero, require_blocks, require_
 from configs.schema import StageConfig
 from data.datamodule import LatentBatch
 from models.flow import add_noise, sampling_sigmas, shift_sigma, velocity_to_x0
-from models.kv_cache import CacheSpec, KVCache
-from models.kv_policy import build_policy
+from models.kv_cache import KVCache
+from models.kv_policies import build_policy
+from models.kv_spec import CacheSpec
 from models.rollout import NoiseSource, Sampler, denoise_block, make_cache, refresh
 from train.losses import (
     distribution_matching_direction,

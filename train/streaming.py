@@ -16,8 +16,9 @@ from torch import Tensor
 from configs.checks import require_blocks, require_choice, require_range
 from configs.schema import StageConfig
 from data.datamodule import LatentBatch
-from models.kv_cache import CacheSpec, KVCache
-from models.kv_policy import build_policy
+from models.kv_cache import KVCache
+from models.kv_policies import build_policy
+from models.kv_spec import CacheSpec
 from models.rollout import NoiseSource, make_cache, recache, refresh
 from models.salience import SalienceHead
 from train.distill import DistributionMatching, DistributionMatchingParams

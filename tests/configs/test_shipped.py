@@ -10,8 +10,8 @@ from configs.load import load_config, to_dict
 from launch.plan import check_stages
 from launch.show import cache_bytes, describe
 from launch.student import transformer_from_config
-from models.kv_cache import CacheSpec
-from models.kv_policy import build_policy
+from models.kv_policies import build_policy
+from models.kv_spec import CacheSpec
 from models.rollout import Sampler, make_cache, refresh
 
 FILES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))

@@ -31,9 +31,11 @@ from launch.held_out import load, prepare
 from launch.report import write_report
 from launch.rollouts import Rollout, measure_rollout, spread_over_seeds, summarise
 from launch.student import head_from_config, transformer_from_config
-from models.kv_policy import POLICIES
+from models.kv_policies import POLICIES
+from models.kv_policy import ScoredPolicy
 
 CLOCK = "frames_per_second"
+BOTH = {"causal": True, "streaming": True}
 
 
 ROOT = Path(__file__).parents[2]
@@ -364,10 +366,12 @@ def test_age_weight_of_highest_accuracy_wins_and_the_first_of_equals():
 
 def test_every_scored_policy_is_tuned_on_the_same_grid():
     settings = EvaluateConfig()
-    jobs = plan_jobs(settings, has_head={"causal": True})
-    scored = [c for c in contestants(settings, has_head=True) if c.is_scored]
+    jobs = plan_jobs(settings, has_head={"causal": True}, has_teacher={"causal": True})
+    scored = [c for c in contestants(settings, has_head=True, has_teacher=True) if c.is_scored]
     own = [contestant for contestant in scored if contestant.twin is None]
-    assert {c.name for c in own} == {"attention_mass", "position_prior", "salience"}
+    assert {c.policy for c in own} == {
+        name for name, policy in POLICIES.items() if issubclass(policy, ScoredPolicy)
+    }
     checks = [contestant for contestant in scored if contestant.twin is not None]
     assert {c.name for c in checks} == {"untrained_head", "inverted_head"}
     assert all(contestant.twin in own for contestant in checks)
@@ -386,7 +390,7 @@ def test_every_scored_policy_is_tuned_on_the_same_grid():
 
 def test_by_default_every_policy_meets_every_budget_and_length_in_every_stage():
     settings = EvaluateConfig()
-    jobs = plan_jobs(settings, has_head={"causal": True, "streaming": True})
+    jobs = plan_jobs(settings, has_head=BOTH, has_teacher=BOTH)
     met = {
         (job.stage, job.contestant, job.budget_tokens, frames)
         for job in jobs
@@ -394,7 +398,7 @@ def test_by_default_every_policy_meets_every_budget_and_length_in_every_stage():
         for frames in job.frames
     }
     for stage in ("causal", "streaming"):
-        for contestant in contestants(settings, has_head=True):
+        for contestant in contestants(settings, has_head=True, has_teacher=True):
             if POLICIES[contestant.policy].is_bounded:
                 for budget in settings.budgets:
                     for frames in settings.frames:
@@ -403,7 +407,7 @@ def test_by_default_every_policy_meets_every_budget_and_length_in_every_stage():
 
 def test_few_steps_are_compared_on_all_clips_and_the_costly_reference_on_fewer():
     settings = EvaluateConfig(clips_per_seed=9, long_clips_per_seed=2)
-    jobs = plan_jobs(settings, has_head={"causal": True, "streaming": True})
+    jobs = plan_jobs(settings, has_head=BOTH, has_teacher=BOTH)
     found = {(job.stage, job.steps, job.clips_per_seed) for job in jobs if job.section == "quality"}
     few = {(stage, steps, 9) for stage in ("causal", "streaming") for steps in (1, 2)}
     assert found == few | {("causal", 32, 2)}
@@ -412,12 +416,15 @@ def test_few_steps_are_compared_on_all_clips_and_the_costly_reference_on_fewer()
 def test_misspelled_contender_is_an_error_with_a_hint():
     settings = EvaluateConfig(contenders=["full", "sink_windw"])
     with pytest.raises(UserError, match=r"evaluate\.contenders .* did you mean 'sink_window'"):
-        plan_jobs(settings, has_head={"causal": True})
+        plan_jobs(settings, has_head={"causal": True}, has_teacher={"causal": True})
 
 
 def test_student_without_any_head_is_compared_without_the_policies_that_need_one():
-    names = {c.name for c in contestants(EvaluateConfig(), has_head=False)}
-    assert names == {"full", "fifo", "sink_window", "random", "random_once", "attention_mass"}
+    taking_part = contestants(EvaluateConfig(), has_head=False, has_teacher=False)
+    expected = {name for name, policy in POLICIES.items() if not policy.needs_head}
+    assert {c.policy for c in taking_part} == expected
+    without_teacher = contestants(EvaluateConfig(), has_head=True, has_teacher=False)
+    assert {c.policy for c in without_teacher} == set(POLICIES) - {"oracle"}
 
 
 def test_spread_is_the_sample_deviation_of_seed_means():

@@ -12,8 +12,8 @@ from models.attention import (
     rotate,
     teacher_forcing_mask,
 )
-from models.kv_cache import CacheSpec
-from models.kv_policy import build_policy
+from models.kv_policies import build_policy
+from models.kv_spec import CacheSpec
 from models.rollout import Sampler, make_cache, refresh
 from models.transformer import VideoTransformer
 from tests.models.small import random_transformer
@@ -166,7 +166,6 @@ def test_block_by_block_with_unbounded_cache_equals_one_causal_pass(num_frames):
                 latents[:, f : f + 2],
                 sigma[:, f : f + 2],
                 text,
-                frames=torch.arange(f, f + 2),
                 cache=cache,
                 write=True,
             )
@@ -194,11 +193,11 @@ def test_noisy_half_equals_cached_denoising_of_every_block():
             wanted=6,
         )
         for f in range(0, 6, 2):
-            span, frames = slice(f, f + 2), torch.arange(f, f + 2)
-            got = network(noisy[:, span], sigma[:, span], text, frames=frames, cache=cache)
+            span = slice(f, f + 2)
+            got = network(noisy[:, span], sigma[:, span], text, cache=cache)
             torch.testing.assert_close(got, trained[:, span], rtol=1e-5, atol=1e-5)
             zero = torch.zeros(1, 2)
-            network(clean[:, span], zero, text, frames=frames, cache=cache, write=True)
+            network(clean[:, span], zero, text, cache=cache, write=True)
 
 
 def test_a_patch_that_does_not_fit_is_refused():
@@ -213,7 +212,7 @@ def test_wanted_frames_are_the_last_of_all_with_the_same_gradients(kind):
     network, wanted = make(), 4
     latents, text = torch.randn(2, 8, 16, 2, 3), torch.randn(2, 4, 20)
     sigma = torch.rand(2, 8)
-    given: dict = {"frames": torch.arange(4).repeat(2) if kind == "grouped" else torch.arange(8)}
+    given: dict = {"frames": torch.arange(4).repeat(2)} if kind == "grouped" else {}
     if kind == "dense":
         given["mask"] = block_causal_mask(4, 12)[None, None]
     if kind == "grouped":
@@ -222,7 +221,7 @@ def test_wanted_frames_are_the_last_of_all_with_the_same_gradients(kind):
 
     def answers(**more):
         if kind == "cached":
-            more |= {"cache": one_block_cache(network), "frames": torch.arange(2, 10)}
+            more |= {"cache": one_block_cache(network)}
         network.zero_grad()
         velocity = network(latents, sigma, text, **(given | more))[:, -wanted:]
         velocity.square().mean().backward()
@@ -250,14 +249,13 @@ def test_a_pass_without_wanted_frames_writes_and_captures_the_same():
             latents,
             sigma,
             text,
-            frames=torch.arange(2, 4),
             cache=cache,
             write=True,
             capture=lambda *found, to=captured: to.extend(found[1:]),
             wanted=wanted,
         )
         assert velocity.shape == (2, 2 if wanted is None else 0, 16, 2, 3)
-        held = [part for layer in cache.layers for part in (layer.keys, layer.values)]
+        held = [part for layer in cache.layers for part in layer.read()]
         seen[wanted] = [*held, *captured]
     for found, expected in zip(seen[0], seen[None], strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
