@@ -28,13 +28,8 @@ from launch.student import transformer_from_config
 from models.attention import block_causal_mask
 from models.flow import add_noise
 from models.kv_cache import KVCache
-from models.salience import (
-    PARTS,
-    SalienceHead,
-    head_scores,
-    mask_short_future,
-    salience_targets,
-)
+from models.salience import PARTS, SalienceHead, head_scores
+from models.salience_targets import SalienceCapture, mask_short_future
 from models.transformer import VideoTransformer
 from train.randomness import sample_noise
 from train.salience import SalienceParams
@@ -266,15 +261,10 @@ def _targets(
         latents.shape[1:], clips.noise_seeds.cpu(), "salience noise", device=latents.device
     )
     sigma = latents.new_full(latents.shape[:2], params.sigma)
-    found: list[Tensor] = []
-
-    def capture(layer: int, hidden: Tensor, queries: Tensor, keys: Tensor) -> None:
-        salience = salience_targets(queries, keys, block_len)
-        found.append(mask_short_future(salience, block_len, params.horizon))
-
     noisy = add_noise(latents, noise, sigma)
-    teacher(noisy, sigma, clips.text, capture=capture, wanted=0)
-    return found
+    with SalienceCapture(teacher, block_len) as captured:
+        teacher(noisy, sigma, clips.text, wanted=0)
+    return list(mask_short_future(captured.targets, block_len, params.horizon))
 
 
 def _predictions(

@@ -1,12 +1,12 @@
-"""Salience: targets read off a bidirectional teacher's attention, and the head that predicts them.
+"""Salience: the head that predicts how strongly tokens are read, and its standardised targets.
 
 Three parts per key token, in this order everywhere: `later` (queries in later blocks: what keeping
 the token is worth), `within` (its own block), `earlier` (earlier blocks; only a bidirectional
 teacher has them). Each is the mean over heads of the maximum over queries of the attention
-probability.
+probability; `models/salience_targets.py` computes them.
 
-Source: PaFu-KV, arXiv:2601.21896 (s_low, s_diag, s_up). Streaming, standardisation and the shape of
-the head are ours.
+Source: PaFu-KV, arXiv:2601.21896 (s_low, s_diag, s_up). Standardisation and the shape of the head
+are ours.
 """
 
 from dataclasses import dataclass
@@ -16,68 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 PARTS = ("later", "within", "earlier")
-
-
-@torch.no_grad()
-def salience_targets(
-    queries: Tensor, keys: Tensor, block_len: int, *, max_tile_values: int = 1 << 22
-) -> Tensor:
-    """Exact salience of every key, streamed over tiles of query rows.
-
-    A tile's scores over all keys give its rows' log-sum-exp, and max over queries of
-    log P[i, j] = s[i, j] - lse[i] updates the part that the tile's block is for each key. The
-    probabilities of more than one tile never exist; memory is O(S) for a fixed tile.
-
-    Args:
-        queries: Rotated.  [B, N, S, D]
-        keys: Rotated.  [B, N, S, D]
-        block_len: Tokens of a block; the last block may be shorter.
-        max_tile_values: Score values held at once, sets the rows of a tile.
-
-    Returns:
-        Probabilities, float32, NaN where no query of that part exists (`later` in the last block,
-        `earlier` in the first): an empty set has no salience, not salience 0.  [B, S, 3]
-    """
-    batch, heads, num_tokens, head_dim = queries.shape
-    best = queries.new_full((3, batch, heads, num_tokens), -torch.inf, dtype=torch.float32)
-    rows = max(1, max_tile_values // (batch * heads * num_tokens))
-    for start in range(0, num_tokens, block_len):
-        stop = min(start + block_len, num_tokens)
-        parts = ((0, slice(0, start)), (1, slice(start, stop)), (2, slice(stop, None)))
-        for first in range(start, stop, rows):
-            tile = queries[:, :, first : min(first + rows, stop)]
-            with torch.autocast(tile.device.type, enabled=False):
-                scores = (tile.float() @ keys.float().transpose(-1, -2)) * head_dim**-0.5
-            scores -= scores.logsumexp(dim=-1, keepdim=True)
-            strongest = scores.amax(dim=2)  # [B, N, S]
-            for part, span in parts:
-                torch.maximum(
-                    best[part, ..., span], strongest[..., span], out=best[part, ..., span]
-                )
-    salience = best.exp().mean(dim=2).permute(1, 2, 0)  # [B, S, 3]
-    return salience.masked_fill(best.isneginf().all(dim=2).permute(1, 2, 0), torch.nan)
-
-
-def mask_short_future(targets: Tensor, block_len: int, horizon: int) -> Tensor:
-    """Drop `later` where a key has fewer than `horizon` later blocks.
-
-    The maximum over a set that shrinks with time falls by construction; keys that hardly have a
-    future would teach that the present is worthless.
-
-    Args:
-        targets: [..., S, 3]
-        block_len: Tokens of a block.
-        horizon: Later blocks a key must have.
-
-    Returns:
-        A copy with NaN in the dropped places.
-    """
-    targets = targets.clone()
-    num_tokens = targets.shape[-2]
-    num_blocks = -(-num_tokens // block_len)
-    kept = max(0, (num_blocks - horizon) * block_len)
-    targets[..., kept:, 0] = torch.nan
-    return targets
 
 
 def standardise_blocks(targets: Tensor, block_len: int) -> Tensor:
@@ -154,7 +92,7 @@ class SalienceHead(nn.Module):
         """Set mean, spread and place means from targets of many clips.
 
         Args:
-            targets: From `salience_targets`, NaN where undefined.  [L, B, F * rows * columns, 3]
+            targets: From `attend_with_targets`, NaN where undefined.  [L, B, F * rows * columns, 3]
 
         Raises:
             ValueError: If a layer has a part without a single defined target.

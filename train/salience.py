@@ -12,7 +12,9 @@ from data.datamodule import LatentBatch, TargetBatch
 from data.targets import STORED
 from models.attention import block_causal_mask
 from models.flow import add_noise
-from models.salience import PARTS, SalienceHead, head_scores, mask_short_future, salience_targets
+from models.salience import PARTS, SalienceHead, head_scores
+from models.salience_targets import SalienceCapture, mask_short_future
+from models.transformer import VideoTransformer
 from train.losses import salience_ranking_loss, salience_regression_loss
 from train.randomness import sample_noise, step_integer
 from train.ranks import gather_objects
@@ -90,14 +92,12 @@ class SalienceStage(Stage):
         x0 = batch.latents
         noise = sample_noise(x0.shape[1:], batch.seeds, "salience noise", device=x0.device)
         sigma = x0.new_full(x0.shape[:2], self.params.sigma)
-        found: list[Tensor] = []
-
-        def capture(layer: int, hidden: Tensor, queries: Tensor, keys: Tensor) -> None:
-            found.append(salience_targets(queries, keys, self.block_len))
-
         noisy = add_noise(x0, noise, sigma)
-        self.frozen["teacher"](noisy, sigma, batch.text, capture=capture, wanted=0)
-        return torch.stack(found)
+        teacher = self.frozen["teacher"]
+        assert isinstance(teacher, VideoTransformer)
+        with SalienceCapture(teacher, self.block_len) as captured:
+            teacher(noisy, sigma, batch.text, wanted=0)
+        return captured.targets
 
     @torch.no_grad()
     def hidden(self, batch: LatentBatch) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Streamed salience targets against a dense softmax, their orientation, and the head."""
+"""The salience head: what it is standardised by, and how it is scored."""
 
 import pytest
 import torch
@@ -6,54 +6,8 @@ import torch
 from models.salience import (
     SalienceHead,
     head_scores,
-    mask_short_future,
-    salience_targets,
     standardise_blocks,
 )
-
-
-def dense_reference(queries, keys, block_len) -> torch.Tensor:
-    """Three nested sets by a loop over keys, from the full softmax matrix."""
-    probability = (queries @ keys.transpose(-1, -2) * queries.shape[-1] ** -0.5).softmax(-1)
-    size = keys.shape[2]
-    block = torch.arange(size) // block_len
-    out = torch.full((keys.shape[0], size, 3), torch.nan)
-    for j in range(size):
-        for part, rows in enumerate((block > block[j], block == block[j], block < block[j])):
-            if rows.any():
-                out[:, j, part] = probability[:, :, rows, j].amax(-1).mean(1)
-    return out
-
-
-@pytest.mark.parametrize(
-    ("size", "block_len", "tile"), [(21, 6, 1 << 20), (24, 6, 300), (5, 7, 64), (12, 1, 1)]
-)
-def test_streamed_targets_equal_a_dense_softmax(size, block_len, tile):
-    torch.manual_seed(0)
-    queries, keys = torch.randn(2, 2, 3, size, 8).mul(2).unbind(0)
-    targets = salience_targets(queries, keys, block_len, max_tile_values=tile)
-    expected = dense_reference(queries, keys, block_len)
-    torch.testing.assert_close(targets, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
-
-
-def test_orientation_later_means_read_by_queries_of_later_blocks():
-    queries = torch.zeros(1, 1, 6, 4)
-    keys = torch.zeros(1, 1, 6, 4)
-    queries[0, 0, 4, 0] = keys[0, 0, 1, 0] = 20.0  # a query of block 2 reads a key of block 0
-    targets = salience_targets(queries, keys, 2)[0]
-    assert targets[1].tolist()[0] > 0.99
-    assert targets[:, 0].nan_to_num(0).argmax() == 1
-    assert targets[1, 1] == pytest.approx(1 / 6)
-    assert targets[4:, 0].isnan().all(), "the last block has no later queries"
-    assert targets[:2, 2].isnan().all(), "the first block has no earlier queries"
-
-
-def test_keys_with_a_short_future_lose_only_their_later_target():
-    targets = torch.ones(2, 1, 12, 3)
-    masked = mask_short_future(targets, 3, 2)
-    assert masked[..., 0].isnan().sum(-1).tolist() == [[6], [6]]
-    assert not masked[..., 1:].isnan().any()
-    assert not targets.isnan().any()
 
 
 def test_statistics_standardise_every_layer_and_part():
