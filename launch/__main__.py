@@ -41,8 +41,19 @@ class Parser(argparse.ArgumentParser):
         """Raise `UserError` with one sentence."""
         raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
 
+    def parse_intermixed_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse; options may stand anywhere, but for those of a benchmark, after its name."""
+        if self._subparsers is not None:
+            return self.parse_args(args, namespace)
+        return super().parse_intermixed_args(args, namespace)
+
     def check_options(self, words: Sequence[str]) -> None:
         """Raise `UserError` at the first word that looks like an option and is none."""
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                if words and words[0] in action.choices:
+                    action.choices[words[0]].check_options(words[1:])
+                return
         options = [option for action in self._actions for option in action.option_strings]
         for word in words:
             name = word.partition("=")[0]
@@ -142,6 +153,23 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("ckpt", type=Path, metavar="CKPT", help="stage folder, or an export")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder")
+
+
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    from launch import benchmark_targets
+
+    benchmarks: dict[str, tuple[Callable[[Any], None], Callable[[Any], None]]] = {
+        "targets": (benchmark_targets.add_arguments, benchmark_targets.run),
+    }
+    choose = parser.add_subparsers(dest="name", metavar="NAME", required=True)
+    for name, (declare, act) in benchmarks.items():
+        one = choose.add_parser(name, allow_abbrev=False, help=f"NAME {name} --help says more")
+        declare(one)
+        one.set_defaults(act=act)
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    arguments.act(arguments)
 
 
 def _sample_arguments(parser: argparse.ArgumentParser) -> None:
@@ -293,6 +321,12 @@ VERBS: dict[str, Verb] = {
         "show configs/demo.yaml model.num_layers=30",
         _config_arguments,
         _show,
+    ),
+    "bench": Verb(
+        "Measure the speed and memory of one part on this machine.",
+        "bench targets --length 2048 --dtype bfloat16 --out targets.json",
+        _bench_arguments,
+        _bench,
     ),
 }
 
