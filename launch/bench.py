@@ -256,6 +256,7 @@ class Bench:
         return {
             "stage": job.stage,
             "policy": job.contestant.name,
+            "form": job.contestant.form,
             "weights": job.contestant.weights,
             "age_weight": job.age_weight,
             "steps": student.sampler.num_steps,

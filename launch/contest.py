@@ -64,7 +64,7 @@ class Job:
     """One rollout of all clips, and what is reported of it.
 
     Attributes:
-        section: Where its rows go: `tuning`, `policies`, `quality` or `prefix_free`.
+        section: Where its rows go: `tuning`, or a field of the results.
         stage: Whose student.
         contestant: Which cache.
         budget_tokens: Ignored by policies without a bound.
@@ -116,18 +116,22 @@ def contestants(settings: EvaluateConfig, *, has_head: bool, has_teacher: bool) 
     if has_head:
         found += _sanity_checks(settings)
     wanted = settings.policies
-    found = [one for one in found if not wanted or one.name in wanted]
-    return found + _formed(found, settings.forms)
+    return [one for one in found if not wanted or one.name in wanted]
 
 
-def _formed(found: Sequence[Contestant], forms: Sequence[str]) -> list[Contestant]:
-    """The caches of some policies in other forms; they take the age weight of the plain one."""
+def formed(found: Sequence[Contestant], forms: Sequence[str]) -> list[Contestant]:
+    """The caches of some policies in other forms; they take the age weight of the plain one.
+
+    Args:
+        found: From `contestants`.
+        forms: Names in `launch.cache_forms.FORMS`, or [all].
+    """
     plain: dict[str, Contestant] = {}
     for one in found:
         if one.name in FORMED:
             plain.setdefault(one.name, one)
     return [
-        replace(one, name=f"{one.name}_{form}", form=form, twin=one if one.is_scored else None)
+        replace(one, form=form, twin=one if one.is_scored else None)
         for one in plain.values()
         for form in (FORMS if forms == ["all"] else forms)
     ]
@@ -168,7 +172,7 @@ def plan_jobs(
         ConfigError: If a policy, a form, a contender or a stage is unknown.
     """
     stages = list(has_head)
-    everything = replace(settings, policies=[], forms=["all"])
+    everything = replace(settings, policies=[])
     known = dict.fromkeys(c.name for c in contestants(everything, has_head=True, has_teacher=True))
     _check_known("policies", settings.policies, list(known))
     _check_known("forms", settings.forms, ["all", *FORMS])
@@ -181,6 +185,9 @@ def plan_jobs(
         contenders = [c for c in everyone if c.name in (settings.contenders or names)]
         is_first = stage == stages[0]
         jobs += _short_jobs(settings, stage, everyone if is_first else contenders, is_first)
+        if is_first:
+            others = formed(everyone, settings.forms)
+            jobs += _short_jobs(settings, stage, others, is_first, section="forms")
         if stage in (settings.long_stages or stages):
             jobs += _long_jobs(settings, stage, contenders)
         jobs += _other_jobs(settings, stage, contenders, is_first)
@@ -198,11 +205,16 @@ def _check_known(key: str, chosen: Sequence[str], known: Sequence[str]) -> None:
 
 
 def _short_jobs(
-    settings: EvaluateConfig, stage: str, chosen: Sequence[Contestant], is_first: bool
+    settings: EvaluateConfig,
+    stage: str,
+    chosen: Sequence[Contestant],
+    is_first: bool,
+    *,
+    section: str = "policies",
 ) -> list[Job]:
     budgets = settings.budgets if is_first else settings.long_budgets or settings.budgets
     return [
-        Job("policies", stage, contestant, budget, (min(settings.frames),),
+        Job(section, stage, contestant, budget, (min(settings.frames),),
             clips_per_seed=settings.clips_per_seed)
         for contestant in chosen
         for budget in (budgets if POLICIES[contestant.policy].is_bounded else budgets[-1:])

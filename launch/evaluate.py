@@ -28,7 +28,7 @@ from launch.held_out import prepare
 from launch.steps import hold_lock, say
 from train.fit import prepare_process
 
-TEST_FIELDS = ("policies", "quality", "prefix_free")
+TEST_FIELDS = ("policies", "forms", "quality", "prefix_free")
 
 
 def evaluate(config: RunConfig, ckpts: Sequence[Path], out: Path) -> None:

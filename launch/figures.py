@@ -41,7 +41,15 @@ SERIES = {
     "salience": Series("learned salience", "#0072b2", "#56b4e9", "o"),
     "salience_all": Series("learned salience, all parts", "#3a9bdc", "#8fd0f5", "D"),
     "position_prior": Series("mean salience of the place", "#6a51a3", "#b3a2e6", "P", "-."),
+    "salience_redundancy": Series("learned salience less copies", "#1f5f8b", "#7cc4f0", "p", ":"),
+    "oracle": Series("the teacher's own salience", "#4d2c91", "#a58ae8", "*", "--"),
     "attention_mass": Series("attention received so far", "#008563", "#2fc49c", "^"),
+    "participative": Series("deep sink + recent queries", "#0b7a75", "#3fbdb6", ">", "-."),
+    "future_query": Series("expected queries", "#5f8a00", "#a3cf3f", "h"),
+    "key_merge": Series("merge near copies", "#a4452c", "#e88a6f", "H"),
+    "compressed_mid": Series("pool the middle", "#7a5c2e", "#c9a56b", "8", "-."),
+    "prompt_similarity": Series("what the prompt speaks of", "#9c3587", "#dd84cb", "3", ":"),
+    "norm": Series("large values, small keys", "#6b7a00", "#b9c94a", "4", "-."),
     "random": Series("random, drawn anew", "#b85c92", "#e39ac4", "v"),
     "random_once": Series("random, drawn once", "#8c3d6c", "#d67fb2", "<", ":"),
     "sink_window": Series("first + newest frames", "#d55e00", "#ff944d", "X"),
@@ -78,8 +86,8 @@ def accuracy_over_budget(rows: Sequence[Row], *, chance: float) -> Figure:
         rows: Of one stage and one length.
         chance: Accuracy of guessing.
     """
-    figure, axes = _axes(4.7, 3.6)
     bounded = [row for row in rows if row["policy"] != "full"]
+    figure, axes = _axes(4.7, _height(rows))
     budgets = sorted({row["budget_tokens"] for row in bounded})
     ends: list[tuple[float, str]] = []
     for series in _order(bounded):
@@ -115,7 +123,7 @@ def accuracy_per_revolution(rows: Sequence[Row], *, chance: float) -> Figure:
         rows: Of one stage and one length, one per policy.
         chance: Accuracy of guessing.
     """
-    figure, axes = _axes(4.7, 3.6)
+    figure, axes = _axes(4.7, _height(rows))
     ends: list[tuple[float, str]] = []
     longest = 1
     for series in _order(rows):
@@ -264,6 +272,11 @@ def _axes(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
+def _height(rows: Sequence[Row]) -> float:
+    """Inches of a chart in which every line has a name at its end, a fifth of an inch each."""
+    return max(3.6, 0.9 + 0.2 * len(_order(rows)))
+
+
 def _line(
     axes: Axes, series: str, x: Sequence[float], y: Sequence[float], spread: Sequence[float] | None
 ) -> None:
@@ -289,7 +302,7 @@ def _chance(axes: Axes, chance: float) -> None:
 
 def _label_ends(axes: Axes, ends: Sequence[tuple[float, str]], x: float) -> None:
     """Names beside the last points, pushed apart where they would overlap."""
-    gap, floor = 0.078, -0.02
+    gap, floor = min(0.078, 1.04 / max(1, len(ends) - 1)), -0.02
     ordered = sorted(ends)
     heights: list[float] = []
     for value, _ in ordered:

@@ -122,7 +122,18 @@ The dashed line keeps everything.</figcaption></figure>
 <p class="note" style="margin-top:12px">Accuracy in per cent. The other columns are at the largest
 budget. The age weight of every scored policy was chosen from the same grid on clips of its own;
 the untrained and the inverted head take that of the trained one.</p>
-</div></section>"""
+</div>{_forms(results)}</section>"""
+
+
+def _forms(results: dict[str, Any]) -> str:
+    """Other ways to spend the bytes, where the evaluation tried any."""
+    if not results.get("forms"):
+        return ""
+    return f"""<div class="card" style="margin-top:20px"><h3>The same budget, otherwise stored</h3>
+{tables.form_table(main_rows(results), results["forms"])}
+<p class="note" style="margin-top:12px">All but 8 and 4 bits take as many bytes on the device as the
+plain cache. The network computes in 32 bits here, so that 4 bits hold more than six times as many
+tokens; of 16 bits it would be three and a half.</p></div>"""
 
 
 def _longest_rows(results: dict[str, Any], frames: int) -> list[Row]:

@@ -98,6 +98,48 @@ def _budget_head(rows: Sequence[Row], budget: int) -> str:
     return f"{budget} tokens<br><small>{percent(share)} of a clip</small>"
 
 
+FORM_LABELS = {
+    "": "plain",
+    "int8": "8 bits per channel",
+    "int4": "4 bits per channel",
+    "low": "evicted tokens in 4 bits, a quarter of the bytes",
+    "offload": "a quarter fetched back from the host",
+    "pyramid": "more for the first layers",
+    "entropy": "layers by entropy and change of attention",
+    "prefix": "layers by one share of attention",
+    "ispa": "half of the layers local, absorbed (ISPA)",
+}
+"""What the forms of `launch.cache_forms` are called on the page."""
+
+
+def form_table(plain: Sequence[Row], formed: Sequence[Row]) -> str:
+    """Caches of the same policies in other forms: accuracy per budget, bytes at the largest.
+
+    Args:
+        plain: Rows of the policies themselves, of one stage and length.
+        formed: Rows with a `form`, of the same.
+    """
+    budgets = sorted({row["budget_tokens"] for row in formed})
+    found = {(r["policy"], r["form"], r["budget_tokens"]): r for r in formed}
+    for row in plain:  # the first weights of a policy come first
+        found.setdefault((row["policy"], "", row["budget_tokens"]), row)
+    lines = []
+    for policy in dict.fromkeys(row["policy"] for row in formed):
+        forms = dict.fromkeys(["", *(row["form"] for row in formed)])
+        for form in forms:
+            here = [found.get((policy, form, budget)) for budget in budgets]
+            largest = next(row for row in reversed(here) if row is not None)
+            cells = "".join(accuracy_cell(row) for row in here)
+            cells += f"<td>{largest['kv_bytes'] / 1024:.0f}</td>"
+            cells += f"<td>{largest['host_bytes'] / 1024:.0f}</td>"
+            cells += f"<td>{largest['frames_per_second']:.0f}</td>"
+            first = name_cell(policy) if not form else "<td></td>"
+            about = f'<td style="text-align:left">{escape(FORM_LABELS[form])}</td>'
+            lines.append(f"<tr>{first}{about}{cells}</tr>")
+    head = ["policy", "cache", *[_budget_head(formed, budget) for budget in budgets]]
+    return table([*head, "KiB / video", "on the<br>host", "frames<br>per second"], lines)
+
+
 def stage_table(rows: Sequence[Row], *, stages: Sequence[str], budget: int) -> str:
     """Accuracy of each stage and policy at one budget, one column per length of the rollout."""
     lengths = sorted({row["frames"] for row in rows})

@@ -9,6 +9,7 @@ from models.rollout import NoiseSource, Sampler, generate_blocks, make_cache
 from models.salience import SalienceHead
 
 SINK, RECENT, BLOCK, PLACES = 1, 2, 2, 6
+GEOMETRY = {"frames_per_block": BLOCK, "sink_frames": SINK, "recent_frames": RECENT}
 SAMPLER = Sampler([1.0, 0.5, 0.0])
 
 
@@ -34,14 +35,7 @@ def new_cache(
     """An empty cache for frames of two by three tokens and blocks of two frames."""
     return make_cache(
         network,
-        spec=CacheSpec(
-            budget_tokens=budget,
-            tokens_per_frame=PLACES,
-            frames_per_block=BLOCK,
-            sink_frames=SINK,
-            recent_frames=RECENT,
-            **spec,
-        ),
+        spec=CacheSpec(budget_tokens=budget, tokens_per_frame=PLACES, **{**GEOMETRY, **spec}),
         policy=build_policy(policy, params),
         seeds=torch.tensor(seeds),
         sampler=SAMPLER,

@@ -60,12 +60,35 @@ def test_the_same_seeds_give_the_same_video_and_bf16_stays_finite(policy):
 
 
 @pytest.mark.parametrize("time", ["absolute", "relative"])
-def test_more_than_1024_frames(time):
+@pytest.mark.parametrize("policy", POLICIES)
+def test_more_than_1024_frames(policy, time):
     network = random_transformer()
-    cache = new_cache(network, time=time, max_lag=11)
-    assert roll(network, cache, 1030).isfinite().all()
-    assert cache.num_tokens == 36
-    assert cache.num_frames == 1030
+    cache = new_cache(network, policy, time=time, max_lag=11)
+    roll(network, cache, 4)
+    cache.targets = cache.targets.repeat(1, 1, 3, 1)  # made for 400 frames
+    cache.skip_to(1020)
+    assert roll(network, cache, 14).isfinite().all()
+    assert cache.num_frames == 1034
+    for layer in cache.layers:
+        assert layer.positions[..., 0].max() == 1033
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("precision", ["model", "int8", "int4"])
+def test_resident_bytes_never_exceed_the_budget(policy, precision):
+    network = random_transformer()
+    cache = new_cache(network, policy, precision=precision)
+    text = torch.zeros(2, 3, 8)
+    allowed = 2 * 2 * 36 * cache._layers[0].storage.token_bytes(2, 12, torch.float32)
+    for _ in range(8):
+        refresh(network, text, torch.randn(2, BLOCK, 16, 2, 3), cache=cache)
+        held = sum(
+            part.numel() * part.element_size()
+            for layer in cache.layers
+            for part in layer.parts.values()
+        )
+        assert cache.num_bytes == held
+        assert held <= allowed or not cache.policy.is_bounded
 
 
 def test_fifo_and_sink_window_keep_what_their_names_say():
@@ -77,6 +100,21 @@ def test_fifo_and_sink_window_keep_what_their_names_say():
         cache = new_cache(network, policy)
         roll(network, cache, 20)
         assert set(cache.layers[0].positions[0, :, 0].tolist()) == expected
+
+
+def test_sink_window_reads_what_longlive_reads_for_twenty_blocks():
+    # LongLive at window 12 and sink 3 reads slots [0, s) and [max(s, E' - (A - s)), E') of a
+    # buffer of A = 12 frames that ends with the current block of 3: 3 sink and 9 newest frames.
+    network = random_transformer()
+    spec = {"sink_frames": 3, "recent_frames": 3, "frames_per_block": 3}
+    cache = new_cache(network, "sink_window", budget=9 * PLACES, **spec)
+    for number in range(20):
+        cache.begin(3)
+        end = 3 * (number + 1)
+        longlive = sorted({*range(min(3, end)), *range(max(3, end - 9), end)})
+        past = [] if number == 0 else cache.layers[1].positions[0, ::PLACES, 0].tolist()
+        assert past + list(range(end - 3, end)) == longlive
+        refresh(network, torch.zeros(2, 3, 8), torch.randn(2, 3, 16, 2, 3), cache=cache)
 
 
 def test_random_lots_for_life_and_redrawn_differ_but_both_follow_the_seed():
