@@ -252,7 +252,7 @@ class EvaluateConfig:
     steps: int = 4
     """Denoising steps of a student that has no few-step schedule of its own."""
     quality_steps: list[int] = field(default_factory=lambda: [1, 2])
-    """Numbers of denoising steps at which stages are compared for sharpness."""
+    """Numbers of denoising steps at which stages are compared for sharpness; empty = not at all."""
     reference_steps: int = 32
     """Denoising steps of the first stage's student in that comparison, besides these."""
     shift: float = 5.0

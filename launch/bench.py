@@ -240,7 +240,8 @@ class Bench:
                 held = held * tokens // rollout.held_tokens
             share = tokens / (student.export.manifest["config"]["frames"] * student.frame_seq_len)
             size = {"budget_tokens": tokens, "budget_share": share, "kv_bytes": held}
-            size |= {"held_tokens": rollout.held_tokens, "host_bytes": rollout.host_bytes}
+            kept = rollout.held_tokens if cache.policy.is_bounded else tokens
+            size |= {"held_tokens": kept, "host_bytes": rollout.host_bytes}
             numbers = summarise(
                 values,
                 clips.groups,

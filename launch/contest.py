@@ -247,7 +247,7 @@ def _other_jobs(
     """
     budget, frames = settings.budgets[-1], (min(settings.frames),)
     clips = dict.fromkeys(settings.quality_steps, settings.clips_per_seed)
-    if is_first:
+    if is_first and clips:
         clips[settings.reference_steps] = settings.long_clips_per_seed
     quality = [
         Job("quality", stage, Contestant(policy, policy), budget, frames,

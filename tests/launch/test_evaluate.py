@@ -24,6 +24,7 @@ from configs.schema import (
 from launch import evaluate as evaluation
 from launch.bench import check_budgets, load_bench, run_jobs
 from launch.build import network_config, token_grid
+from launch.cache_forms import FORMS
 from launch.contest import Contestant, Job, contestants, plan_jobs
 from launch.evaluate import Record, choose_age_weights, evaluate
 from launch.export import write_export
@@ -63,6 +64,7 @@ def make_config(folder: Path) -> RunConfig:
             clips_per_seed=2,
             tune_seed=7,
             tune_clips=2,
+            forms=["all"],
             age_weights=[0.0, 0.1],
             quality_steps=[1],
             steps=1,
@@ -179,22 +181,42 @@ def test_every_policy_is_compared_with_all_fields(run: Path):
     results = json.loads((run / "evaluate" / "results.json").read_text())
     rows = [row for row in results["policies"] if row["stage"] == "head" and row["frames"] == 12]
     names = {row["policy"] for row in rows}
-    assert names == {*POLICIES, "random_once", "untrained_head", "inverted_head"}
+    variants = {"random_once", "salience_redundancy", "untrained_head", "inverted_head"}
+    assert names == {*POLICIES, *variants}
     for row in rows:
         assert 0 <= row["identity_accuracy"]["mean"] <= 1
         assert len(row["accuracy_per_revolution"]) == 2  # 8 generated frames, 4 per revolution
         assert row["rollout_seeds"] == [3, 5]
-        assert row["kv_bytes"] == row["budget_tokens"] * 2 * 2 * 8 * 4  # 2 layers, k and v, 8 x 4 B
+        assert row["kv_bytes"] == row["held_tokens"] * 2 * 2 * 8 * 4  # 2 layers, k and v, 8 x 4 B
+        assert row["held_tokens"] <= row["budget_tokens"]
         assert row["budget_share"] == row["budget_tokens"] / 64
-        assert (row["age_weight"] is None) == (
-            row["policy"] in ("full", "fifo", "sink_window", "random", "random_once")
-        )
+        policy = POLICIES.get(row["policy"])
+        if policy is not None:
+            assert (row["age_weight"] is not None) == issubclass(policy, ScoredPolicy)
         assert {"position_error", "background_drift", "pixel_error", CLOCK} <= set(row)
     budgets = {row["budget_tokens"] for row in rows if row["policy"] == "salience"}
     assert budgets == {32, 40}
     weights = [row["weights"] for row in rows if row["policy"] == "salience"]
     assert [1.0, 1.0, 1.0] in weights
     assert next(r for r in rows if r["policy"] == "full")["budget_tokens"] == 12 * 8
+
+
+def test_other_forms_of_a_cache_take_no_more_bytes_than_the_plain_one(run: Path):
+    results = json.loads((run / "evaluate" / "results.json").read_text())
+    rows = results["forms"]
+    assert {(row["policy"], row["form"]) for row in rows} == {
+        (policy, form) for policy in ("sink_window", "salience") for form in FORMS
+    }
+    for row in rows:
+        plain = row["budget_tokens"] * 2 * 2 * 8 * 4
+        assert row["kv_bytes"] <= plain
+        if row["form"] in ("int8", "int4"):
+            assert row["held_tokens"] == row["budget_tokens"]
+            assert row["kv_bytes"] < 0.6 * plain
+        if row["form"] in ("pyramid", "entropy", "prefix", "ispa"):
+            # A budget is a whole number of tokens in every layer.
+            assert row["kv_bytes"] > plain - 2 * 2 * 2 * 8 * 4
+        assert (row["host_bytes"] > 0) == (row["form"] == "offload")
 
 
 def test_other_sections_are_there(run: Path):
@@ -295,7 +317,7 @@ def test_long_rollout_contains_the_short_one(run: Path, config: RunConfig, ckpts
 
 def test_true_latents_are_measured_as_right(run: Path, config: RunConfig, ckpts: list[Path]):
     bench = load_bench(config, ckpts, run / "evaluate" / "clips")
-    true = Rollout(bench.clips.latents, 4, 0, 0, 0.0)
+    true = Rollout(bench.clips.latents, 4, 0, 0, 0, 0.0)
     values = measure_rollout(bench.students["head"], bench.clips, true)
     row = summarise(values, bench.clips.groups, prefix_frames=4, num_frames=12, period=4)
     assert row["identity_accuracy"] == {"mean": 1.0, "std": 0.0}

@@ -80,7 +80,7 @@ def test_the_seed_decides_the_video(student, tmp_path):
         (["--budget", "20"], "must hold sink and recent frames"),
         (["--param", "age_weigth=1"], "did you mean 'age_weight'"),
         (["--param", "age_weight=abc"], "must be a number"),
-        (["--param", "weights=3"], "three numbers"),
+        (["--param", "weights=3"], "must be 3 numbers"),
         (["--param", "weights=[1,1"], "YAML value"),
         (["--steps", "0"], "at least 1"),
         (["--frames", "0"], "--frames must be at least 1"),
