@@ -13,7 +13,7 @@ from data.targets import STORED
 from launch.export import find_export, read_manifest
 from launch.source import fingerprint, list_videos, write_list
 from launch.steps import Step, is_leader, run_one_step, run_steps
-from models.kv_policy import build_policy
+from models.kv_policies import build_policy
 
 
 def run_folder(config: RunConfig) -> Path:
