@@ -69,6 +69,7 @@ def _evaluate(config: RunConfig, ckpts: Sequence[Path], out: Path) -> None:
         "plan": list(config.stages),
         "stages": list(bench.students),
         "world": bench.world(),
+        "device": bench.clips.latents.device.type,
         **_rows_by_section(bench, rest, record),
         "tuning": [_without_rollout(row) for job in tuning for row in record.rows(bench.key(job))],
         "head": examine_heads(bench, out / "salience.safetensors"),

@@ -49,6 +49,7 @@ def notes(results: dict[str, Any]) -> str:
     shortest = min(row["frames"] for row in rows)
     rows = [row for row in rows if row["frames"] == shortest]
     items = [
+        *_winners(rows),
         *_rivals(rows),
         *_controls(rows),
         *_long(results),
@@ -57,6 +58,36 @@ def notes(results: dict[str, Any]) -> str:
         *_limits(results),
     ]
     return f"<section><h2>What to keep in mind</h2>{list_of(items, css='notes')}</section>"
+
+
+def _winners(rows: Sequence[Row]) -> list[str]:
+    """Who is best at each budget, and who cannot be told from the best."""
+    parts = []
+    for budget in sorted({row["budget_tokens"] for row in rows if row["policy"] != "full"}):
+        here = [r for r in rows if r["policy"] != "full" and r["budget_tokens"] == budget]
+        top = best(here, lambda row: True)
+        assert top is not None, "the budget is that of a row"
+        close = [
+            style_of(series_of(row)).label
+            for row in here
+            if row is not top and _cannot_be_told_apart(row, top)
+        ]
+        others = "alone"
+        if close:
+            others = f"not told apart from {_listed([escape(name) for name in close])}"
+        name = escape(style_of(series_of(top)).label)
+        parts.append(f"at {budget} tokens {name}, {_mean(top)}, {others}")
+    if not parts:
+        return []
+    return [
+        f"<b>Who wins</b>: {'; '.join(parts)}. Alone means: by more than two standard deviations "
+        "of the difference from every other."
+    ]
+
+
+def _cannot_be_told_apart(row: Row, top: Row) -> bool:
+    one, other = row["identity_accuracy"], top["identity_accuracy"]
+    return bool(other["mean"] - one["mean"] <= 2 * math.hypot(one["std"], other["std"]))
 
 
 def _pairs(rows: Sequence[Row], series: str) -> list[tuple[Row, Row]]:
@@ -198,7 +229,12 @@ def _listed(parts: Sequence[str]) -> str:
 def _limits(results: dict[str, Any]) -> list[str]:
     world = results["world"]
     seeds = {row["train_seed"] for row in results["policies"]}
+    unmeasured = [
+        "<b>Unmeasured</b>: this evaluation ran on a CPU. Speed and peak memory on a GPU, and "
+        "replaying a block as a CUDA graph, have tests and benchmarks but no numbers here."
+    ]
     return [
+        *(unmeasured if results.get("device", "cpu") == "cpu" else []),
         f"<b>{len(seeds)} training seed{'s' if len(seeds) > 1 else ''}.</b> The spread shown is "
         "over clips and rollout noise (sample standard deviation), not over trainings.",
         f"<b>The world is small</b>: {world['tokens_per_frame']} tokens per frame, a fixed period. "

@@ -131,7 +131,7 @@ def form_table(plain: Sequence[Row], formed: Sequence[Row]) -> str:
             largest = next(row for row in reversed(here) if row is not None)
             cells = "".join(accuracy_cell(row) for row in here)
             cells += f"<td>{largest['kv_bytes'] / 1024:.0f}</td>"
-            cells += f"<td>{largest['host_bytes'] / 1024:.0f}</td>"
+            cells += f"<td>{largest.get('host_bytes', 0) / 1024:.0f}</td>"
             cells += f"<td>{largest['frames_per_second']:.0f}</td>"
             first = name_cell(policy) if not form else "<td></td>"
             about = f'<td style="text-align:left">{escape(FORM_LABELS[form])}</td>'

@@ -14,8 +14,9 @@ from configs.schema import WorldConfig
 from data.truth import truth_at
 from data.video import VideoWriter
 from data.world import render_clip
-from launch.figures import shares_by_age, style_of
+from launch.figures import series_of, shares_by_age, style_of
 from launch.material import read_material, read_rows
+from launch.notes import notes
 from launch.pictures import stack_panels
 from launch.report import build_page, write_report
 
@@ -356,3 +357,39 @@ def test_ages_of_what_is_kept_are_counted_back_from_the_newest_frame():
     assert by_age[1, 0] == 0.25  # frame 0 after the block of frames 0 and 1
     assert by_age[0, 1] == 0.75  # frame 3, the newest of the second block
     assert np.isnan(by_age[2:, 0]).all()
+
+
+def test_page_says_who_wins_and_who_cannot_be_told_apart():
+    results = made_up_results()
+    page = notes(results)
+    assert (
+        "at 96 tokens learned salience, all parts, 77&nbsp;%, not told apart from learned salience;"
+        in page
+    )
+    for row in results["policies"]:
+        if series_of(row) == "salience":
+            row["identity_accuracy"] = {"mean": 0.99, "std": 0.01}
+    assert "at 96 tokens learned salience, 99&nbsp;%, alone" in notes(results)
+
+
+def test_other_forms_of_a_cache_have_a_table_beside_the_plain_one(run: Path):
+    results = json.loads((run / "evaluate" / "results.json").read_text())
+    plain = next(
+        row for row in results["policies"] if row["policy"] == "salience" and row["frames"] == 96
+    )
+    results["forms"] = [
+        plain | {"form": form, "budget_tokens": budget, "kv_bytes": 2048, "host_bytes": 10240 * far}
+        for form, far in (("int4", 0), ("offload", 1))
+        for budget in (96, 128)
+    ]
+    (run / "evaluate" / "results.json").write_text(json.dumps(results))
+    page = build_page(read_material(run))
+    assert "4 bits per channel" in page
+    assert "a quarter fetched back from the host" in page
+    table = page[page.index("otherwise stored") :]
+    table = table[: table.index("</table>")]
+    assert table.count("<tr>") == 4  # head, plain, two forms
+    assert "<td>10</td>" in table
+    del results["forms"]
+    (run / "evaluate" / "results.json").write_text(json.dumps(results))
+    assert "otherwise stored" not in build_page(read_material(run))
