@@ -20,12 +20,13 @@ from tqdm import tqdm
 from configs.errors import UserError
 from configs.schema import RunConfig
 from data.files import write_atomically
-from launch.bench import Bench, check_budgets, load_bench, run_jobs
+from launch.arena import Arena, check_budgets, load_arena
 from launch.claims import claims_of
 from launch.contest import Job, contestants, plan_jobs
 from launch.exhibits import examine_heads, shown_contestants, write_videos
 from launch.held_out import prepare
 from launch.steps import hold_lock, say
+from launch.workers import run_jobs
 from train.fit import prepare_process
 
 TEST_FIELDS = ("policies", "forms", "quality", "prefix_free")
@@ -54,27 +55,27 @@ def evaluate(config: RunConfig, ckpts: Sequence[Path], out: Path) -> None:
 def _evaluate(config: RunConfig, ckpts: Sequence[Path], out: Path) -> None:
     clips = out / "clips"
     prepare(config, clips)
-    bench = load_bench(config, ckpts, clips)
-    jobs = plan_jobs(config.evaluate, has_head=bench.has_head, has_teacher=bench.has_teacher)
-    check_budgets(bench, jobs)
+    arena = load_arena(config, ckpts, clips)
+    jobs = plan_jobs(config.evaluate, has_head=arena.has_head, has_teacher=arena.has_teacher)
+    check_budgets(arena, jobs)
     record = Record(out / "rows.jsonl")
     with tqdm(total=len(jobs), desc="evaluate", unit="rollout") as bar:
         tuning = [job for job in jobs if job.section == "tuning"]
-        _work(bench, tuning, record, bar, ckpts=ckpts, clips=clips)
-        ages = choose_age_weights([(job, record.rows(bench.key(job))) for job in tuning])
+        _work(arena, tuning, record, bar, ckpts=ckpts, clips=clips)
+        ages = choose_age_weights([(job, record.rows(arena.key(job))) for job in tuning])
         rest = [resolve_age(job, ages) for job in jobs if job.section != "tuning"]
-        _work(bench, rest, record, bar, ckpts=ckpts, clips=clips)
+        _work(arena, rest, record, bar, ckpts=ckpts, clips=clips)
     results = {
         "name": config.name,
         "plan": list(config.stages),
-        "stages": list(bench.students),
-        "world": bench.world(),
-        "device": bench.clips.latents.device.type,
-        **_rows_by_section(bench, rest, record),
-        "tuning": [_without_rollout(row) for job in tuning for row in record.rows(bench.key(job))],
-        "head": examine_heads(bench, out / "salience.safetensors"),
+        "stages": list(arena.students),
+        "world": arena.world(),
+        "device": arena.clips.latents.device.type,
+        **_rows_by_section(arena, rest, record),
+        "tuning": [_without_rollout(row) for job in tuning for row in record.rows(arena.key(job))],
+        "head": examine_heads(arena, out / "salience.safetensors"),
     }
-    write_videos(bench, _shown_jobs(bench, ages), out / "videos")
+    write_videos(arena, _shown_jobs(arena, ages), out / "videos")
     write_atomically(out / "results.json", json.dumps(results, indent=1).encode())
     for claim in claims_of(results):
         say(str(claim))
@@ -123,7 +124,7 @@ class Record:
 
 
 def _work(
-    bench: Bench,
+    arena: Arena,
     jobs: Sequence[Job],
     record: Record,
     bar: "tqdm[Any]",
@@ -132,10 +133,10 @@ def _work(
     clips: Path,
 ) -> None:
     """Run what is not yet on record."""
-    todo = [job for job in jobs if bench.key(job) not in record]
+    todo = [job for job in jobs if arena.key(job) not in record]
     bar.update(len(jobs) - len(todo))
-    for job, rows in run_jobs(bench, todo, ckpts=ckpts, clips=clips):
-        record.add(bench.key(job), rows)
+    for job, rows in run_jobs(arena, todo, ckpts=ckpts, clips=clips):
+        record.add(arena.key(job), rows)
         bar.set_postfix_str(f"{job.stage} {job.contestant.name}", refresh=False)
         bar.update()
 
@@ -166,11 +167,11 @@ def resolve_age(job: Job, ages: dict[str, float]) -> Job:
 
 
 def _rows_by_section(
-    bench: Bench, jobs: Sequence[Job], record: Record
+    arena: Arena, jobs: Sequence[Job], record: Record
 ) -> dict[str, list[dict[str, Any]]]:
     sections: dict[str, list[dict[str, Any]]] = {name: [] for name in TEST_FIELDS}
     for job in jobs:
-        sections[job.section] += record.rows(bench.key(job))
+        sections[job.section] += record.rows(arena.key(job))
     return sections
 
 
@@ -180,12 +181,12 @@ def _without_rollout(row: dict[str, Any]) -> dict[str, Any]:
     return {name: row[name] for name in names}
 
 
-def _shown_jobs(bench: Bench, ages: dict[str, float]) -> dict[str, Job]:
+def _shown_jobs(arena: Arena, ages: dict[str, float]) -> dict[str, Job]:
     """Rollouts of the first stage that the videos show, at the largest budget."""
-    settings = bench.config.evaluate
-    stage = next(iter(bench.students))
+    settings = arena.config.evaluate
+    stage = next(iter(arena.students))
     everyone = contestants(
-        settings, has_head=bench.has_head[stage], has_teacher=bench.has_teacher[stage]
+        settings, has_head=arena.has_head[stage], has_teacher=arena.has_teacher[stage]
     )
     frames = (min(settings.frames),)
     return {

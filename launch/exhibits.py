@@ -12,27 +12,19 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 from torch import Tensor
 
-from configs.load import parse_section
 from data.files import write_atomically
 from data.truth import truth_at
 from data.video import VideoWriter
+from launch.arena import Arena
 from launch.baselines import score_baselines, token_norms
-from launch.bench import Bench
-from launch.build import input_paths
 from launch.contest import Contestant, Job
-from launch.export import load_export, load_weights
 from launch.held_out import HeldOut
 from launch.pictures import stack_panels
 from launch.rollouts import decode, measure_rollout, roll_out
-from launch.student import transformer_from_config
 from models.attention import block_causal_mask
-from models.flow import add_noise
 from models.kv_cache import KVCache
 from models.salience import PARTS, SalienceHead, head_scores
-from models.salience_targets import SalienceCapture, mask_short_future
 from models.transformer import VideoTransformer
-from train.randomness import sample_noise
-from train.salience import SalienceParams
 
 SHOWN = ("full", "sink_window", "random", "salience")
 """Policies of the videos, below the truth."""
@@ -40,23 +32,23 @@ VIDEO_SCALE = 4
 SALIENCE_FRAMES = 10
 
 
-def write_videos(bench: Bench, jobs: Mapping[str, Job], folder: Path) -> None:
+def write_videos(arena: Arena, jobs: Mapping[str, Job], folder: Path) -> None:
     """Videos of the first clips, all policies below each other, with what is right in each frame.
 
     Args:
-        bench: Of the evaluation.
+        arena: Of the evaluation.
         jobs: Rollout of each shown policy, by its name, in the order of the panels.
         folder: Gets clip-0.mp4 and so on, then clips.json, and kept.safetensors beside it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    clips = _shown_clips(bench)
+    clips = _shown_clips(arena)
     num_frames = min(max(next(iter(jobs.values())).frames), clips.latents.shape[1])
-    student = next(iter(bench.students.values()))
+    student = next(iter(arena.students.values()))
     panels = {"truth": decode(student, clips.latents.cpu()[:, :num_frames])}
     words = {"truth": ["1" * num_frames] * len(clips.groups)}
     kept = {}
     for name, job in jobs.items():
-        panels[name], words[name], kept[name] = _panel(bench, job, clips, num_frames)
+        panels[name], words[name], kept[name] = _panel(arena, job, clips, num_frames)
     content = {name: np.ascontiguousarray(share) for name, share in kept.items()}
     content |= {f"frames.{name}": to_pixels(panels[name][0]) for name in kept}
     write_atomically(folder.parent / "kept.safetensors", save(content))
@@ -78,7 +70,7 @@ def write_videos(bench: Bench, jobs: Mapping[str, Job], folder: Path) -> None:
     facts = {
         "fps": student.fps,
         "frames": num_frames,
-        "prefix_frames": bench.config.evaluate.prefix_frames,
+        "prefix_frames": arena.config.evaluate.prefix_frames,
         "period": clips.truth[0].period,
         "budget_tokens": budget,
         "grid": list(student.grid),
@@ -87,11 +79,11 @@ def write_videos(bench: Bench, jobs: Mapping[str, Job], folder: Path) -> None:
     write_atomically(folder / "clips.json", json.dumps(facts).encode())
 
 
-def _shown_clips(bench: Bench) -> HeldOut:
+def _shown_clips(arena: Arena) -> HeldOut:
     """The first clips of the first seed."""
-    count = min(bench.config.evaluate.videos, bench.config.evaluate.clips_per_seed)
-    seed = bench.clips.groups[0]
-    clips = bench.clips.first(count)
+    count = min(arena.config.evaluate.videos, arena.config.evaluate.clips_per_seed)
+    seed = arena.clips.groups[0]
+    clips = arena.clips.first(count)
     return HeldOut(
         latents=clips.latents[:count],
         text=clips.text[:count],
@@ -102,18 +94,18 @@ def _shown_clips(bench: Bench) -> HeldOut:
 
 
 def _panel(
-    bench: Bench, job: Job, clips: HeldOut, num_frames: int
+    arena: Arena, job: Job, clips: HeldOut, num_frames: int
 ) -> tuple[Tensor, list[str], NDArray[np.uint8]]:
     """Frames, a word of 0 and 1 per clip for what is right, and what the first clip kept."""
-    student = bench.student_for(job)
-    cache = bench.new_cache(student, job, clips)
+    student = arena.student_for(job)
+    cache = arena.new_cache(student, job, clips)
     held: list[NDArray[np.uint8]] = []
     rollout = roll_out(
         student,
         clips,
         cache,
         num_frames=num_frames,
-        prefix_frames=bench.config.evaluate.prefix_frames,
+        prefix_frames=arena.config.evaluate.prefix_frames,
         on_block=lambda state: held.append(kept_share(state, num_frames, student.grid)),
     )
     correct = measure_rollout(student, clips, rollout)["identity_correct"]
@@ -150,13 +142,13 @@ def shown_contestants(contestants: list[Contestant]) -> list[Contestant]:
 
 
 @torch.inference_mode()
-def examine_heads(bench: Bench, path: Path) -> dict[str, Any]:
+def examine_heads(arena: Arena, path: Path) -> dict[str, Any]:
     """Agreement of every head with its teacher, and the pictures of the first head.
 
     Stages whose teacher cannot be found through the plan of the run are left out.
 
     Args:
-        bench: Of the evaluation.
+        arena: Of the evaluation.
         path: Gets frames and salience, as `launch.material.Material` describes.
 
     Returns:
@@ -167,21 +159,14 @@ def examine_heads(bench: Bench, path: Path) -> dict[str, Any]:
     """
     fields = ("spearman", "recall_at_budget", "target_by_frame", "baselines")
     result: dict[str, Any] = {field: {} for field in fields}
-    pictures: dict[str, NDArray[Any]] = _clip_pictures(bench)
-    for stage, student in bench.students.items():
-        plan = bench.config.stages.get(student.export.manifest["stage"])
-        if plan is None or plan.kind != "salience" or "teacher" not in plan.inputs:
-            continue
-        head = student.head
+    pictures: dict[str, NDArray[Any]] = _clip_pictures(arena)
+    for stage, seer in arena.seers.items():
+        student, clips = arena.students[stage], arena.clips
+        head, params = student.head, seer.params
         assert head is not None, "a salience stage exports a head"
-        key = f"stages.{stage}.params"
-        params: SalienceParams = parse_section(SalienceParams, plan.params, key=key)
-        teacher = _load_teacher(input_paths(bench.config, plan)["teacher"])
-        frames = student.export.manifest["config"]["frames"]
-        clips = bench.clips
-        latents, text = clips.latents[:, :frames], clips.text
+        latents, text = clips.latents[:, : seer.frames], clips.text
         block_len = student.frames_per_block * student.frame_seq_len
-        found = _targets(teacher.to(latents.device), latents, clips, params, block_len)
+        found = seer.targets(latents, clips)
         targets = [head.standardise(layer, target) for layer, target in enumerate(found)]
         with token_norms(student.network) as norms:
             predicted = _predictions(student.network, head, latents, text, block_len)
@@ -200,7 +185,7 @@ def examine_heads(bench: Bench, path: Path) -> dict[str, Any]:
         result["budget_share"] = params.budget_share
         if "target" not in pictures:
             layer = int(np.argmax(result["spearman"][stage]["later"]))
-            pictures |= _salience_pictures(bench, predicted[layer], targets[layer], layer)
+            pictures |= _salience_pictures(arena, predicted[layer], targets[layer], layer)
     write_atomically(path, save(pictures))
     return result if "budget_share" in result else {}
 
@@ -212,59 +197,34 @@ def _means_by_frame(targets: Sequence[Tensor], frame_seq_len: int) -> list[list[
     return [[None if math.isnan(mean) else mean for mean in part] for part in means]
 
 
-def _clip_pictures(bench: Bench) -> dict[str, NDArray[Any]]:
-    student = next(iter(bench.students.values()))
+def _clip_pictures(arena: Arena) -> dict[str, NDArray[Any]]:
+    student = next(iter(arena.students.values()))
     return {
-        "frames": to_pixels(decode(student, bench.clips.latents[0].cpu())),
-        "phase": np.array([bench.clips.truth[0].phase]),
+        "frames": to_pixels(decode(student, arena.clips.latents[0].cpu())),
+        "phase": np.array([arena.clips.truth[0].phase]),
     }
 
 
 def _salience_pictures(
-    bench: Bench, predicted: Tensor, target: Tensor, layer: int
+    arena: Arena, predicted: Tensor, target: Tensor, layer: int
 ) -> dict[str, NDArray[Any]]:
     """A few frames from the middle of the first clip, with `later` of one layer.
 
     Args:
-        bench: Of the evaluation.
+        arena: Of the evaluation.
         predicted: [N, S, 3]
         target: [N, S, 3]
         layer: Which one it is.
     """
-    student = next(iter(bench.students.values()))
+    student = next(iter(arena.students.values()))
     length = student.export.manifest["config"]["frames"]
     span = slice(length // 4, min(length, length // 4 + SALIENCE_FRAMES))
-    frames = decode(student, bench.clips.latents[0, span].cpu())
+    frames = decode(student, arena.clips.latents[0, span].cpu())
     later = {
         name: values[0, :, 0].unflatten(0, (-1, *student.grid))[span].float().cpu().numpy()
         for name, values in (("predicted", predicted), ("target", target))
     }
     return later | {"salience_frames": to_pixels(frames), "layer": np.array([layer])}
-
-
-def _load_teacher(path: Path) -> VideoTransformer:
-    export = load_export(path, role="teacher")
-    teacher = transformer_from_config(export.manifest["config"]["model"])
-    load_weights(teacher, export, stem="transformer")
-    return teacher.eval()
-
-
-def _targets(
-    teacher: VideoTransformer,
-    latents: Tensor,
-    clips: HeldOut,
-    params: SalienceParams,
-    block_len: int,
-) -> list[Tensor]:
-    """Salience of every token in the teacher's attention, per layer.  [N, S, 3]."""
-    noise = sample_noise(
-        latents.shape[1:], clips.noise_seeds.cpu(), "salience noise", device=latents.device
-    )
-    sigma = latents.new_full(latents.shape[:2], params.sigma)
-    noisy = add_noise(latents, noise, sigma)
-    with SalienceCapture(teacher, block_len) as captured:
-        teacher(noisy, sigma, clips.text, wanted=0)
-    return list(mask_short_future(captured.targets, block_len, params.horizon))
 
 
 def _predictions(

@@ -24,12 +24,14 @@ class Seer:
         params: Of the stage that trained the head.
         frames: Longest video the teacher was trained on.
         frames_per_block: Of the student.
+        hash: Of the teacher's export.
     """
 
     teacher: VideoTransformer
     params: SalienceParams
     frames: int
     frames_per_block: int
+    hash: str
 
     @torch.inference_mode()
     def targets(self, latents: Tensor, clips: HeldOut) -> Tensor:

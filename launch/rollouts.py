@@ -13,7 +13,6 @@ from torch import Tensor
 from data.truth import measure, measure_self_consistency
 from launch.held_out import HeldOut
 from launch.student import Student
-from models.kv_budgets import LayerStatistics
 from models.kv_cache import KVCache
 from models.rollout import NoiseSource, generate_blocks
 
@@ -87,29 +86,6 @@ def roll_out(
         host_bytes=cache.host_bytes // len(latents),
         frames_per_second=len(latents) * num_frames / seconds,
     )
-
-
-class AttentionWatch:
-    """Gathers how layers read their past, from rollouts that keep everything.
-
-    The cache must sum up the attention that tokens receive, as `attention_mass` does.
-
-    Args:
-        num_layers: Layers of the student.
-    """
-
-    def __init__(self, num_layers: int) -> None:
-        self.statistics = [LayerStatistics() for _ in range(num_layers)]
-        self._before: list[Tensor | None] = [None] * num_layers
-
-    def __call__(self, cache: KVCache) -> None:
-        """Take in what the block that has just entered has read."""
-        for layer, tokens in enumerate(cache.layers):
-            assert tokens is not None
-            received, before = tokens.features[..., 0], self._before[layer]
-            if before is not None:
-                self.statistics[layer].update(received[:, : before.shape[1]] - before)
-            self._before[layer] = received.clone()
 
 
 def decode(student: Student, latents: Tensor) -> Tensor:

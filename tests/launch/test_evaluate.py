@@ -22,7 +22,7 @@ from configs.schema import (
     WorldConfig,
 )
 from launch import evaluate as evaluation
-from launch.bench import check_budgets, load_bench, run_jobs
+from launch.arena import check_budgets, load_arena
 from launch.build import network_config, token_grid
 from launch.cache_forms import FORMS
 from launch.contest import Contestant, Job, contestants, plan_jobs
@@ -32,6 +32,7 @@ from launch.held_out import load, prepare
 from launch.report import write_report
 from launch.rollouts import Rollout, measure_rollout, spread_over_seeds, summarise
 from launch.student import head_from_config, transformer_from_config
+from launch.workers import run_jobs
 from models.kv_policies import POLICIES
 from models.kv_policy import ScoredPolicy
 
@@ -287,7 +288,7 @@ def test_killed_evaluation_continues_to_the_same_bits(
 
 def test_two_processes_give_the_bits_of_one(run: Path, config: RunConfig, ckpts: list[Path]):
     clips = run / "evaluate" / "clips"
-    bench = load_bench(config, ckpts, clips)
+    arena = load_arena(config, ckpts, clips)
     contestant = Contestant("salience", "salience", (), "trained", True)
     jobs = [
         Job("policies", stage, contestant, 32, (12,), age_weight=0.1, clips_per_seed=1)
@@ -295,9 +296,9 @@ def test_two_processes_give_the_bits_of_one(run: Path, config: RunConfig, ckpts:
     ]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    alone = dict(run_jobs(bench, jobs, ckpts=ckpts, clips=clips))
+    alone = dict(run_jobs(arena, jobs, ckpts=ckpts, clips=clips))
     torch.set_num_threads(threads)
-    shared = replace(bench, config=replace(config, trainer=replace(config.trainer, threads=2)))
+    shared = replace(arena, config=replace(config, trainer=replace(config.trainer, threads=2)))
     together = dict(run_jobs(shared, jobs, ckpts=ckpts, clips=clips))
     for job in jobs:
         assert [{**row, CLOCK: 0} for row in together[job]] == [
@@ -306,20 +307,20 @@ def test_two_processes_give_the_bits_of_one(run: Path, config: RunConfig, ckpts:
 
 
 def test_long_rollout_contains_the_short_one(run: Path, config: RunConfig, ckpts: list[Path]):
-    bench = load_bench(config, ckpts, run / "evaluate" / "clips")
+    arena = load_arena(config, ckpts, run / "evaluate" / "clips")
     for policy in ("full", "random"):
         contestant = Contestant(policy, policy)
         long = Job("policies", "head", contestant, 32, (8, 16), clips_per_seed=1)
-        first, _ = bench.run(long)
-        (alone,) = bench.run(replace(long, frames=(8,)))
+        first, _ = arena.run(long)
+        (alone,) = arena.run(replace(long, frames=(8,)))
         assert {**first, CLOCK: 0} == {**alone, CLOCK: 0}
 
 
 def test_true_latents_are_measured_as_right(run: Path, config: RunConfig, ckpts: list[Path]):
-    bench = load_bench(config, ckpts, run / "evaluate" / "clips")
-    true = Rollout(bench.clips.latents, 4, 0, 0, 0, 0.0)
-    values = measure_rollout(bench.students["head"], bench.clips, true)
-    row = summarise(values, bench.clips.groups, prefix_frames=4, num_frames=12, period=4)
+    arena = load_arena(config, ckpts, run / "evaluate" / "clips")
+    true = Rollout(arena.clips.latents, 4, 0, 0, 0, 0.0)
+    values = measure_rollout(arena.students["head"], arena.clips, true)
+    row = summarise(values, arena.clips.groups, prefix_frames=4, num_frames=12, period=4)
     assert row["identity_accuracy"] == {"mean": 1.0, "std": 0.0}
     assert row["previous_revolution_accuracy"]["mean"] == 1.0
     assert row["position_error"] == 0
@@ -346,30 +347,30 @@ def test_clips_of_seeds_and_of_training_differ(run: Path, config: RunConfig):
 def test_untrained_head_keeps_the_statistics_but_not_the_weights(
     run: Path, config: RunConfig, ckpts: list[Path]
 ):
-    bench = load_bench(config, ckpts, run / "evaluate" / "clips")
+    arena = load_arena(config, ckpts, run / "evaluate" / "clips")
     contestant = Contestant("untrained_head", "salience", (), "untrained", True)
     job = Job("policies", "head", contestant, 32, (12,), age_weight=0.0)
-    fresh, trained = bench.student_for(job).head, bench.students["head"].head
+    fresh, trained = arena.student_for(job).head, arena.students["head"].head
     assert torch.equal(fresh.place, trained.place)
     assert not torch.equal(fresh.layers[0].up.weight, trained.layers[0].up.weight)
-    again = bench.student_for(job).head
+    again = arena.student_for(job).head
     assert torch.equal(fresh.layers[0].up.weight, again.layers[0].up.weight)
 
 
 def test_every_few_clips_have_an_untrained_head_of_their_own(
     run: Path, config: RunConfig, ckpts: list[Path], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("launch.bench.CLIPS_PER_UNTRAINED_HEAD", 3)
-    bench = load_bench(config, ckpts, run / "evaluate" / "clips")
+    monkeypatch.setattr("launch.arena.CLIPS_PER_UNTRAINED_HEAD", 3)
+    arena = load_arena(config, ckpts, run / "evaluate" / "clips")
     contestant = Contestant("untrained_head", "salience", (), "untrained", True)
     job = Job("policies", "head", contestant, 32, (12,), age_weight=0.0)
-    entries = bench.entries(job, bench.clips)
+    entries = arena.entries(job, arena.clips)
     assert [part.groups for _, part in entries] == [[3, 3, 5], [5]]
-    assert torch.equal(torch.cat([part.latents for _, part in entries]), bench.clips.latents)
+    assert torch.equal(torch.cat([part.latents for _, part in entries]), arena.clips.latents)
     first, second = (student.head.layers[0].up.weight for student, _ in entries)
     assert not torch.equal(first, second)
     trained = Contestant("salience", "salience", (), "trained", True)
-    assert len(bench.entries(replace(job, contestant=trained), bench.clips)) == 1
+    assert len(arena.entries(replace(job, contestant=trained), arena.clips)) == 1
 
 
 def test_age_weight_of_highest_accuracy_wins_and_the_first_of_equals():
@@ -461,14 +462,14 @@ def test_spread_is_the_sample_deviation_of_seed_means():
 def test_budget_below_what_is_protected_is_an_error(
     run: Path, config: RunConfig, ckpts: list[Path]
 ):
-    bench = load_bench(config, ckpts, run / "evaluate" / "clips")
+    arena = load_arena(config, ckpts, run / "evaluate" / "clips")
     contestant = Contestant("sink_window", "sink_window")
     jobs = [Job("policies", "head", contestant, budget, (12,)) for budget in (32, 8)]
-    check_budgets(bench, jobs[:1])
+    check_budgets(arena, jobs[:1])
     with pytest.raises(
         UserError, match="'sink_window': the cache budget must hold sink and recent"
     ):
-        check_budgets(bench, jobs)
+        check_budgets(arena, jobs)
 
 
 def test_lengths_that_are_not_whole_blocks_are_an_error(

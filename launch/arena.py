@@ -1,14 +1,8 @@
-"""Runs the jobs of an evaluation: students and clips, loaded once per process."""
+"""Where the jobs of an evaluation run: students and clips, loaded once per process."""
 
-import multiprocessing
-import os
-import signal
 import statistics
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +15,17 @@ from configs.schema import RunConfig
 from data.truth import NUM_CLASSES, Truth
 from launch.build import input_paths
 from launch.cache_forms import CALIBRATED, FORMS, Geometry
+from launch.calibration import attention_statistics, window_gaps
 from launch.contest import Contestant, Job
 from launch.export import load_export, load_weights
 from launch.held_out import HeldOut, content_hash, load
 from launch.oracle import Seer
-from launch.rollouts import AttentionWatch, measure_rollout, roll_out, summarise
+from launch.rollouts import measure_rollout, roll_out, summarise
 from launch.student import Student, head_from_config, load_student, transformer_from_config
-from models.kv_budgets import LayerStatistics
 from models.kv_cache import KVCache
-from models.kv_policies import build_policy
+from models.kv_policies import POLICIES
 from models.kv_spec import CacheSpec
 from models.salience import SalienceHead
-from train.memory import keep_freed_memory
 from train.salience import SalienceParams
 
 VERSION = 8
@@ -41,7 +34,7 @@ CLIPS_PER_UNTRAINED_HEAD = 2
 
 
 @dataclass(frozen=True)
-class Bench:
+class Arena:
     """Everything that jobs share.
 
     Attributes:
@@ -79,6 +72,7 @@ class Bench:
         settings = self.config.evaluate
         names = ("prefix_frames", "steps", "shift", "sink_frames", "recent_frames", "time")
         head_of = self.head_of.get(job.stage)
+        needs_teacher = POLICIES[job.contestant.policy].needs_targets
         return config_hash(
             {
                 "version": VERSION,
@@ -86,6 +80,7 @@ class Bench:
                 "settings": {name: getattr(settings, name) for name in (*names, "max_lag")},
                 "student": self.students[job.stage].export.hash,
                 "head": self.students[head_of].export.hash if head_of else "",
+                "teacher": self.seers[str(head_of)].hash if needs_teacher else "",
                 "clips": self.clip_hashes,
             }
         )
@@ -125,66 +120,39 @@ class Bench:
             budget=job.budget_tokens,
             least=(plain.sink_frames + plain.protected_frames) * plain.tokens_per_frame,
             warmup_blocks=max(2, settings.prefix_frames // block),
-            statistics=lambda: self._statistics(student, job),
-            gaps=lambda: self._gaps(student, job, plain),
+            statistics=lambda: self._once(
+                ("statistics", job.stage),
+                lambda: attention_statistics(student, self.tuning_clips, settings),
+            ),
+            gaps=lambda: self._once(
+                ("gaps", job.stage), lambda: window_gaps(student, self.tuning_clips, settings)
+            ),
         )
         return replace(plain, **FORMS[job.contestant.form](geometry))
 
-    def _statistics(self, student: Student, job: Job) -> list[LayerStatistics]:
-        """Of attention while the tuning clips are rolled out with everything kept."""
-        key = ("statistics", job.stage)
+    def _once(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """What `make` gives, made once in this process."""
         if key not in self._memo:
-            watch = AttentionWatch(student.network.num_layers)
-            whole = min(self.config.evaluate.frames) * student.frame_seq_len
-            self._calibrate(student, "attention_mass", watch, budget_tokens=whole)
-            self._memo[key] = watch.statistics
+            self._memo[key] = make()
         return self._memo[key]
-
-    def _gaps(self, student: Student, job: Job, plain: CacheSpec) -> list[float]:
-        """What a window of the protected tokens lacks in each layer, on the same rollouts."""
-        key = ("gaps", job.stage)
-        if key not in self._memo:
-            layers = student.network.num_layers
-            found: list[list[float]] = []
-            self._calibrate(
-                student, "full", lambda cache: found.append(cache.relative_gaps),
-                budget_tokens=(plain.sink_frames + plain.protected_frames) * plain.tokens_per_frame,
-                local_layers=tuple(range(layers)),
-                warmup_blocks=min(self.config.evaluate.frames),
-            )  # fmt: skip
-            self._memo[key] = found[-1]
-        return self._memo[key]
-
-    def _calibrate(
-        self, student: Student, policy: str, watch: Callable[[KVCache], None], **spec: Any
-    ) -> None:
-        """Roll the tuning clips out to the shortest length; `watch` sees the cache every block."""
-        settings, clips = self.config.evaluate, self.tuning_clips
-        cache = student.new_cache(
-            build_policy(policy),
-            clips.noise_seeds,
-            spec=student.cache_spec(time=settings.time, max_lag=settings.max_lag, **spec),
-        )
-        roll_out(
-            student, clips, cache, num_frames=min(settings.frames),
-            prefix_frames=settings.prefix_frames, on_block=watch,
-        )  # fmt: skip
 
     def _true_salience(self, student: Student, job: Job, clips: HeldOut) -> Tensor:
         """The teacher's targets on the clips as the student makes them with everything kept."""
         seeds = tuple(clips.noise_seeds.tolist())
         key = ("salience", job.section, job.stage, max(job.frames), job.steps, seeds)
-        if key not in self._memo:
+
+        def make() -> Tensor:
             whole = replace(job, contestant=Contestant("full", "full"), age_weight=None)
             prefix = 0 if job.section == "prefix_free" else self.config.evaluate.prefix_frames
+            cache = self.new_cache(student, whole, clips)
             rollout = roll_out(
-                student, clips, self.new_cache(student, whole, clips),
-                num_frames=max(job.frames), prefix_frames=prefix,
-            )  # fmt: skip
+                student, clips, cache, num_frames=max(job.frames), prefix_frames=prefix
+            )
             seer = self.seers[self.head_of[job.stage]]
-            latents = rollout.latents.to(clips.latents.device)
-            self._memo[key] = seer.targets(latents, clips)
-        return self._memo[key]
+            return seer.targets(rollout.latents.to(clips.latents.device), clips)
+
+        found: Tensor = self._once(key, make)
+        return found
 
     def student_for(self, job: Job) -> Student:
         """The student of a job, with the head and the number of steps it asks for."""
@@ -295,7 +263,7 @@ def _untrained(student: Student, seed: int) -> SalienceHead:
     return head.to(values.device).eval()
 
 
-def load_bench(config: RunConfig, ckpts: Sequence[Path], clips: Path) -> Bench:
+def load_arena(config: RunConfig, ckpts: Sequence[Path], clips: Path) -> Arena:
     """Load students and clips.
 
     A student without a head borrows that of the last earlier checkpoint that has one.
@@ -306,7 +274,7 @@ def load_bench(config: RunConfig, ckpts: Sequence[Path], clips: Path) -> Bench:
     settings = config.evaluate
     students: dict[str, Student] = {}
     head_of: dict[str, str] = {}
-    device = _device(config)
+    device = device_of(config)
     last = ""
     for path in ckpts:
         student = load_student(path)
@@ -324,7 +292,7 @@ def load_bench(config: RunConfig, ckpts: Sequence[Path], clips: Path) -> Bench:
         students[stage] = student
         _check_lengths(config, student)
     seeds = [*settings.seeds, settings.tune_seed]
-    return Bench(
+    return Arena(
         config=config,
         students=students,
         head_of=head_of,
@@ -350,7 +318,9 @@ def _load_seers(
         teacher = transformer_from_config(export.manifest["config"]["model"])
         load_weights(teacher, export, stem="transformer")
         frames = student.export.manifest["config"]["frames"]
-        seers[stage] = Seer(teacher.to(device).eval(), params, frames, student.frames_per_block)
+        seers[stage] = Seer(
+            teacher.to(device).eval(), params, frames, student.frames_per_block, export.hash
+        )
     return seers
 
 
@@ -366,74 +336,19 @@ def _check_lengths(config: RunConfig, student: Student) -> None:
             )
 
 
-def _device(config: RunConfig) -> torch.device:
+def device_of(config: RunConfig) -> torch.device:
+    """Where an evaluation computes."""
     wanted = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
     return torch.device("cuda" if wanted else "cpu")
 
 
-def run_jobs(
-    bench: Bench, jobs: Sequence[Job], *, ckpts: Sequence[Path], clips: Path
-) -> Iterator[tuple[Job, list[dict[str, Any]]]]:
-    """Run jobs and yield each with its rows when it is done, in any order.
-
-    On a CPU `trainer.threads` jobs run at a time, each in a process with one thread: a rollout is
-    a long chain of small operations, which several threads slow down rather than speed up.
-    """
-    workers = min(config_workers(bench.config), len(jobs))
-    if workers <= 1:
-        for job in jobs:
-            yield job, bench.run(job)
-        return
-    pool = ProcessPoolExecutor(
-        workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(bench.config, tuple(ckpts), clips),
-    )
-    try:
-        futures = {pool.submit(_run_in_worker, job): job for job in jobs}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def config_workers(config: RunConfig) -> int:
-    """Processes that share the jobs."""
-    return 1 if _device(config).type == "cuda" else config.trainer.threads
-
-
-_worker: dict[str, Bench] = {}
-"""The bench of this process, where it is a worker."""
-
-
-def _start_worker(config: RunConfig, ckpts: Sequence[Path], clips: Path) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(1)
-    keep_freed_memory()
-    _worker["bench"] = load_bench(config, ckpts, clips)
-
-
-def _end_with_parent() -> None:
-    """A parent that was killed cannot stop its workers; they must notice."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
-
-
-def _run_in_worker(job: Job) -> list[dict[str, Any]]:
-    return _worker["bench"].run(job)
-
-
-def check_budgets(bench: Bench, jobs: Sequence[Job]) -> None:
+def check_budgets(arena: Arena, jobs: Sequence[Job]) -> None:
     """Raise `UserError` if a budget is too small for a job, before the first one runs."""
     for job in jobs:
-        student, contestant = bench.student_for(job), job.contestant
+        student, contestant = arena.student_for(job), job.contestant
         if contestant.form in CALIBRATED:
             continue
         try:
-            bench.spec(student, job).check(contestant.build(None), student.network.num_layers)
+            arena.spec(student, job).check(contestant.build(None), student.network.num_layers)
         except ValueError as error:
             raise UserError(f"evaluate, policy {contestant.name!r}: {error}") from error
