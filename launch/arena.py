@@ -28,7 +28,7 @@ from models.kv_spec import CacheSpec
 from models.salience import SalienceHead
 from train.salience import SalienceParams
 
-VERSION = 8
+VERSION = 9
 """Part of every job's key: raise it when a job gives other numbers than before."""
 CLIPS_PER_UNTRAINED_HEAD = 2
 
@@ -136,23 +136,36 @@ class Arena:
             self._memo[key] = make()
         return self._memo[key]
 
-    def _true_salience(self, student: Student, job: Job, clips: HeldOut) -> Tensor:
-        """The teacher's targets on the clips as the student makes them with everything kept."""
+    def _everything_kept(self, student: Student, job: Job, clips: HeldOut) -> Tensor:
+        """The clips as the student makes them, from the same noise, when nothing is evicted."""
         seeds = tuple(clips.noise_seeds.tolist())
-        key = ("salience", job.section, job.stage, max(job.frames), job.steps, seeds)
 
         def make() -> Tensor:
             whole = replace(job, contestant=Contestant("full", "full"), age_weight=None)
-            prefix = 0 if job.section == "prefix_free" else self.config.evaluate.prefix_frames
             cache = self.new_cache(student, whole, clips)
-            rollout = roll_out(
+            prefix = self._prefix_frames(job)
+            return roll_out(
                 student, clips, cache, num_frames=max(job.frames), prefix_frames=prefix
-            )
-            seer = self.seers[self.head_of[job.stage]]
-            return seer.targets(rollout.latents.to(clips.latents.device), clips)
+            ).latents
 
-        found: Tensor = self._once(key, make)
+        key = ("everything", job.section == "prefix_free", job.stage, max(job.frames), job.steps)
+        found: Tensor = self._once((*key, seeds), make)
         return found
+
+    def _true_salience(self, student: Student, job: Job, clips: HeldOut) -> Tensor:
+        """The teacher's targets on those clips."""
+        seer = self.seers[self.head_of[job.stage]]
+        latents = self._everything_kept(student, job, clips).to(clips.latents.device)
+        return seer.targets(latents, clips)
+
+    def _prefix_frames(self, job: Job) -> int:
+        return 0 if job.section == "prefix_free" else self.config.evaluate.prefix_frames
+
+    def _is_compared_with_full(self, job: Job) -> bool:
+        """Whether the distance to what a cache without eviction gives is asked for."""
+        first = next(iter(self.students))
+        wanted = self.config.evaluate.forms and job.stage == first
+        return bool(wanted and job.section in ("policies", "forms"))
 
     def student_for(self, job: Job) -> Student:
         """The student of a job, with the head and the number of steps it asks for."""
@@ -184,7 +197,7 @@ class Arena:
         """The rows of a job, one per length."""
         is_tuning = job.section == "tuning"
         clips = (self.tuning_clips if is_tuning else self.clips).first(job.clips_per_seed)
-        prefix = 0 if job.section == "prefix_free" else self.config.evaluate.prefix_frames
+        prefix = self._prefix_frames(job)
         parts: list[dict[str, Tensor]] = []
         speeds: list[float] = []
         for student, some in self.entries(job, clips):
@@ -192,7 +205,13 @@ class Arena:
             rollout = roll_out(
                 student, some, cache, num_frames=max(job.frames), prefix_frames=prefix
             )
-            parts.append(measure_rollout(student, some, rollout))
+            measured = measure_rollout(student, some, rollout)
+            if self._is_compared_with_full(job):
+                whole = self._everything_kept(self.student_for(job), job, clips)
+                chosen = torch.isin(clips.noise_seeds, some.noise_seeds).cpu()
+                distance = (rollout.latents - whole[chosen]).square().mean(dim=(2, 3, 4))
+                measured["error_to_full"] = distance
+            parts.append(measured)
             speeds.append(rollout.frames_per_second)
         values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         about = self.describe(job, student) | {

@@ -132,7 +132,10 @@ def summarise(
     if "self_consistent" in made:
         return {"self_consistency": spread_over_seeds(made["self_consistent"], groups)}
     correct = made["identity_correct"]
-    return {
+    compared = {}
+    if "error_to_full" in made:
+        compared["error_to_full"] = _mean(made["error_to_full"])
+    return compared | {
         "identity_accuracy": spread_over_seeds(correct, groups),
         "identity_accuracy_per_seed": _per_seed(correct, groups),
         "accuracy_per_revolution": _per_revolution(correct, period),

@@ -130,6 +130,8 @@ def form_table(plain: Sequence[Row], formed: Sequence[Row]) -> str:
             here = [found.get((policy, form, budget)) for budget in budgets]
             largest = next(row for row in reversed(here) if row is not None)
             cells = "".join(accuracy_cell(row) for row in here)
+            error = largest.get("error_to_full")
+            cells += f"<td>{'&ndash;' if error is None else f'{error:.3f}'}</td>"
             cells += f"<td>{largest['kv_bytes'] / 1024:.0f}</td>"
             cells += f"<td>{largest.get('host_bytes', 0) / 1024:.0f}</td>"
             cells += f"<td>{largest['frames_per_second']:.0f}</td>"
@@ -137,7 +139,8 @@ def form_table(plain: Sequence[Row], formed: Sequence[Row]) -> str:
             about = f'<td style="text-align:left">{escape(FORM_LABELS[form])}</td>'
             lines.append(f"<tr>{first}{about}{cells}</tr>")
     head = ["policy", "cache", *[_budget_head(formed, budget) for budget in budgets]]
-    return table([*head, "KiB / video", "on the<br>host", "frames<br>per second"], lines)
+    head += ["error to<br>full", "KiB / video", "on the<br>host", "frames<br>per second"]
+    return table(head, lines)
 
 
 def stage_table(rows: Sequence[Row], *, stages: Sequence[str], budget: int) -> str:

@@ -218,6 +218,9 @@ def test_other_forms_of_a_cache_take_no_more_bytes_than_the_plain_one(run: Path)
             # A budget is a whole number of tokens in every layer.
             assert row["kv_bytes"] > plain - 2 * 2 * 2 * 8 * 4
         assert (row["host_bytes"] > 0) == (row["form"] == "offload")
+        assert row["error_to_full"] > 0
+    whole = [row for row in results["policies"] if row["stage"] == "head" and row["frames"] == 12]
+    assert {row["policy"] for row in whole if row["error_to_full"] == 0} == {"full"}
 
 
 def test_other_sections_are_there(run: Path):
