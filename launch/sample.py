@@ -93,7 +93,13 @@ def sample(arguments: argparse.Namespace) -> None:
     writer = VideoWriter(arguments.out, student.fps, student.size, scale=arguments.scale)
     with writer, tqdm(total=num_frames, unit="frame", file=sys.stderr) as bar:
         for block in _blocks(
-            student, cache, noise, prompts, prefix, num_frames, arguments.at_switch
+            student,
+            cache,
+            noise=noise,
+            prompts=prompts,
+            prefix=prefix,
+            num_frames=num_frames,
+            at_switch=arguments.at_switch,
         ):
             pixels = student.codec.decode(block[0].cpu())
             levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
@@ -157,9 +163,15 @@ def _start(arguments: argparse.Namespace, student: Student) -> tuple[KVCache, No
             preallocate=True,
             max_frames=arguments.frames + student.frames_per_block,
         )
-        cache = student.new_cache(build_policy(arguments.policy, params), seeds, spec=spec)
+        policy = build_policy(arguments.policy, params)
+        cache = student.new_cache(policy, seeds, spec=spec)
     except ValueError as error:
         raise UserError(str(error)) from error
+    if arguments.prompt_at and arguments.at_switch != "recache" and not policy.protects_sink:
+        raise UserError(
+            f"--at-switch {arguments.at_switch} keeps the sink, which policy {policy.name!r} does "
+            "not protect; take --at-switch recache or another --policy"
+        )
     return cache, NoiseSource(seeds)
 
 
@@ -181,6 +193,7 @@ def _read_prefix(arguments: argparse.Namespace, student: Student) -> Tensor | No
 def _blocks(
     student: Student,
     cache: KVCache,
+    *,
     noise: NoiseSource,
     prompts: list[tuple[int, Tensor]],
     prefix: Tensor | None,

@@ -65,6 +65,34 @@ def test_prefix_prompt_switch_and_policy_give_a_video_and_a_summary(student, tmp
     assert int(found[2]) == 40 * 32 * 2 * 4  # tokens x width x (key, value) x float32
 
 
+@pytest.mark.parametrize(
+    ("flags", "tokens", "size"),
+    [
+        (["--precision", "int8"], 40, 40 * (2 * 32 + 6)),  # codes, and three float16
+        (["--precision", "int4"], 40, 40 * (32 + 6)),
+        (["--evicted", "low", "--evicted-tokens", "8"], 40, 40 * 256 + 8 * (32 + 6)),
+        (["--evicted", "offload", "--evicted-tokens", "8"], 40, 40 * 256),
+        (["--prompt-at", "10", "blue", "--at-switch", "flush"], 40, 40 * 256),
+        (["--prompt-at", "10", "blue", "--at-switch", "cut"], 40, 40 * 256),
+    ],
+)
+def test_other_caches_and_switches_give_a_video(student, tmp_path, capsys, flags, tokens, size):
+    assert sample(student, tmp_path / "x.mp4", *flags) == 0
+    assert f"{tokens} tokens per layer cached, {size} bytes" in capsys.readouterr().out
+    assert read_video(tmp_path / "x.mp4").shape == (20, 32, 64, 3)
+
+
+def test_a_cut_changes_what_follows_and_nothing_before(student, tmp_path):
+    videos = {}
+    for switch in ("flush", "cut"):
+        out = tmp_path / f"{switch}.mp4"
+        flags = ["--prompt-at", "10", "blue", "--at-switch", switch]
+        assert sample(student, out, *flags) == 0
+        videos[switch] = read_video(out)
+    difference = abs(videos["flush"].astype(int) - videos["cut"]).mean(axis=(1, 2, 3))
+    assert difference[:8].max() < difference[10:].min()
+
+
 def test_the_seed_decides_the_video(student, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         assert sample(student, tmp_path / f"{name}.mp4", "--seed", str(seed), frames=8) == 0
