@@ -11,6 +11,16 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
+SMALLER = {
+    "targets": shlex.split("--length 128 --heads 2 --block 32 --repeats 1"),
+    "rollout": shlex.split(
+        "--layers 1 --heads 1 --head-dim 24 --grid 2 3 --budget-frames 4 --block 1 --blocks 8"
+        " --repeats 1"
+    ),
+}
+"""Flags with which a benchmark takes seconds."""
+
+
 def launch_commands() -> list[list[str]]:
     """What follows `python` in every `python -m launch` and `torchrun` line of the README."""
     blocks = (ROOT / "README.md").read_text().split("```")[1::2]
@@ -33,9 +43,10 @@ def test_every_command_works(tmp_path):
     run(["-m", "launch", "run", "configs/tiny.yaml", "name=demo"])
     commands = launch_commands()
     verbs = {"run", "show", "world", "ingest", "encode", "fit", "sample", "evaluate", "export"}
+    verbs |= {"bench"}
     assert {words[2] for words in commands if words[1] == "launch"} == verbs
     for words in commands:
-        run(words)
+        run(words + SMALLER.get(words[3], []) if words[2] == "bench" else words)
     assert (tmp_path / "x.mp4").stat().st_size > 0
     assert (tmp_path / "runs/demo/again/results.json").is_file()
     assert (tmp_path / "weights/manifest.json").is_file()
