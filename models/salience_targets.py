@@ -52,16 +52,15 @@ def attend_with_targets(
     _check(queries, keys, values, block_len)
     backend = _chosen(backend, queries.device)
     attended, lse = attend_with_lse(queries, keys, values.to(queries.dtype))
-    with torch.no_grad():
-        if backend == "triton":
-            from models.salience_kernel import strongest_reads as strongest_reads_triton
+    if backend == "triton":
+        from models.salience_kernel import strongest_reads as strongest_reads_triton
 
-            best = strongest_reads_triton(queries, keys, lse, block_len)
-        else:
-            best = strongest_reads(queries, keys, lse, block_len)
-        targets = best.exp().mean(dim=2).permute(1, 2, 0)  # [B, S, 3]
-        empty = best.isneginf().all(dim=2).permute(1, 2, 0)
-        return attended.to(values.dtype), targets.masked_fill(empty, torch.nan)
+        best = strongest_reads_triton(queries, keys, lse, block_len)
+    else:
+        best = strongest_reads(queries, keys, lse, block_len)
+    targets = best.exp().mean(dim=2).permute(1, 2, 0)  # [B, S, 3]
+    empty = best.isneginf().all(dim=2).permute(1, 2, 0)
+    return attended.to(values.dtype), targets.masked_fill(empty, torch.nan)
 
 
 def _check(queries: Tensor, keys: Tensor, values: Tensor, block_len: int) -> None:
