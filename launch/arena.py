@@ -14,7 +14,7 @@ from configs.load import config_hash, parse_section
 from configs.schema import RunConfig
 from data.truth import NUM_CLASSES, Truth
 from launch.build import input_paths
-from launch.cache_forms import CALIBRATED, FORMS, Geometry
+from launch.cache_forms import FORMS, Geometry
 from launch.calibration import attention_statistics, window_gaps
 from launch.contest import Contestant, Job
 from launch.export import load_export, load_weights
@@ -22,6 +22,7 @@ from launch.held_out import HeldOut, content_hash, load
 from launch.oracle import Seer
 from launch.rollouts import measure_rollout, roll_out, summarise
 from launch.student import Student, head_from_config, load_student, transformer_from_config
+from models.kv_budgets import NEED_STATISTICS
 from models.kv_cache import KVCache
 from models.kv_policies import POLICIES
 from models.kv_spec import CacheSpec
@@ -77,6 +78,7 @@ class Arena:
             {
                 "version": VERSION,
                 "job": job.identity(),
+                "compared": self._is_compared_with_full(job),
                 "settings": {name: getattr(settings, name) for name in (*names, "max_lag")},
                 "student": self.students[job.stage].export.hash,
                 "head": self.students[head_of].export.hash if head_of else "",
@@ -99,8 +101,13 @@ class Arena:
         except ValueError as error:
             raise UserError(f"evaluate, policy {job.contestant.name!r}: {error}") from error
 
-    def spec(self, student: Student, job: Job) -> CacheSpec:
+    def spec(self, student: Student, job: Job, *, is_trial: bool = False) -> CacheSpec:
         """Geometry and storage of a job's cache.
+
+        Args:
+            student: From `student_for`.
+            job: With the form of the cache.
+            is_trial: Only to see whether it fits: which layers ISPA makes local is made up.
 
         Raises:
             ValueError: If the budget is too small for the form.
@@ -124,11 +131,18 @@ class Arena:
                 ("statistics", job.stage),
                 lambda: attention_statistics(student, self.tuning_clips, settings),
             ),
-            gaps=lambda: self._once(
-                ("gaps", job.stage), lambda: window_gaps(student, self.tuning_clips, settings)
-            ),
+            gaps=lambda: self._gaps(student, job, is_trial=is_trial),
         )
         return replace(plain, **FORMS[job.contestant.form](geometry))
+
+    def _gaps(self, student: Student, job: Job, *, is_trial: bool) -> list[float]:
+        if is_trial:
+            return [0.0] * student.network.num_layers
+        settings = self.config.evaluate
+        found: list[float] = self._once(
+            ("gaps", job.stage), lambda: window_gaps(student, self.tuning_clips, settings)
+        )
+        return found
 
     def _once(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         """What `make` gives, made once in this process."""
@@ -165,7 +179,8 @@ class Arena:
         """Whether the distance to what a cache without eviction gives is asked for."""
         first = next(iter(self.students))
         wanted = self.config.evaluate.forms and job.stage == first
-        return bool(wanted and job.section in ("policies", "forms"))
+        short = max(job.frames) <= self.config.evaluate.unbounded_frames
+        return bool(wanted and short and job.section in ("policies", "forms"))
 
     def student_for(self, job: Job) -> Student:
         """The student of a job, with the head and the number of steps it asks for."""
@@ -365,9 +380,11 @@ def check_budgets(arena: Arena, jobs: Sequence[Job]) -> None:
     """Raise `UserError` if a budget is too small for a job, before the first one runs."""
     for job in jobs:
         student, contestant = arena.student_for(job), job.contestant
-        if contestant.form in CALIBRATED:
+        if contestant.form in NEED_STATISTICS:  # their floor is that of the plain cache
             continue
         try:
-            arena.spec(student, job).check(contestant.build(None), student.network.num_layers)
+            arena.spec(student, job, is_trial=True).check(
+                contestant.build(None), student.network.num_layers
+            )
         except ValueError as error:
             raise UserError(f"evaluate, policy {contestant.name!r}: {error}") from error

@@ -51,9 +51,20 @@ def _precision(name: str) -> Callable[[Geometry], dict[str, Any]]:
     return lambda geometry: {"precision": name}
 
 
+def _three_quarters(geometry: Geometry) -> int:
+    """Tokens that stay as they are where a quarter is spent otherwise."""
+    kept = max(geometry.least, geometry.budget - geometry.budget // 4)
+    if kept == geometry.budget:
+        raise ValueError(
+            f"a budget that is partly spent on evicted tokens must be above the {geometry.least} "
+            f"tokens of sink and recent frames, got {geometry.budget}; raise the budget"
+        )
+    return kept
+
+
 def _low(geometry: Geometry) -> dict[str, Any]:
     """A quarter of the bytes holds evicted tokens in 4 bits."""
-    kept = max(geometry.least, geometry.budget - geometry.budget // 4)
+    kept = _three_quarters(geometry)
     freed = (geometry.budget - kept) * geometry.token_bytes
     room = freed // geometry.bytes_as("int4")
     return {"budget_tokens": kept, "evicted": "low", "evicted_tokens": room}
@@ -61,7 +72,7 @@ def _low(geometry: Geometry) -> dict[str, Any]:
 
 def _offload(geometry: Geometry) -> dict[str, Any]:
     """A quarter of the tokens is fetched from the host for each block."""
-    kept = max(geometry.least, geometry.budget - geometry.budget // 4)
+    kept = _three_quarters(geometry)
     return {
         "budget_tokens": kept,
         "evicted": "offload",
@@ -107,9 +118,6 @@ def _ispa(geometry: Geometry) -> dict[str, Any]:
         "warmup_blocks": geometry.warmup_blocks,
     }
 
-
-CALIBRATED = frozenset({"entropy", "prefix", "ispa"})
-"""Forms that need a rollout before they can be told."""
 
 FORMS: dict[str, Callable[[Geometry], dict[str, Any]]] = {
     "int8": _precision("int8"),

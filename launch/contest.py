@@ -176,6 +176,7 @@ def plan_jobs(
     known = dict.fromkeys(c.name for c in contestants(everything, has_head=True, has_teacher=True))
     _check_known("policies", settings.policies, list(known))
     _check_known("forms", settings.forms, ["all", *FORMS])
+    _check_formed(settings)
     names = dict.fromkeys(c.name for c in contestants(settings, has_head=True, has_teacher=True))
     _check_known("contenders", settings.contenders, list(names))
     _check_known("long_stages", settings.long_stages, stages)
@@ -194,6 +195,14 @@ def plan_jobs(
     needed = dict.fromkeys(_tuning_of(job) for job in jobs if job.contestant.is_scored)
     tuning = [job for job in needed for job in _tuning_jobs(settings, job)]
     return tuning + jobs
+
+
+def _check_formed(settings: EvaluateConfig) -> None:
+    if settings.forms and settings.policies and not set(FORMED) & set(settings.policies):
+        raise ConfigError(
+            f"evaluate.forms are those of {list(FORMED)}, found neither in "
+            f"evaluate.policies={settings.policies}; add one"
+        )
 
 
 def _check_known(key: str, chosen: Sequence[str], known: Sequence[str]) -> None:

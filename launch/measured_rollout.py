@@ -151,7 +151,6 @@ class Scene:
             spec=self.cache_spec(storage),
             policy=built,
             seeds=torch.zeros(1, dtype=torch.int64, device=self.device),
-            sampler=SAMPLER,
             head=head,
             targets=targets,
         )

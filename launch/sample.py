@@ -127,11 +127,16 @@ def _check_counts(arguments: argparse.Namespace) -> None:
 
 def _prompts(arguments: argparse.Namespace, student: Student) -> list[tuple[int, Tensor]]:
     """(first frame, encoded prompt) in order of time; the first is for frame 0."""
-    prompts = [(0, arguments.prompt)]
+    prompts, size = [(0, arguments.prompt)], student.frames_per_block
     for frame, text in arguments.prompt_at:
         if not frame.isdigit() or not 0 < int(frame) < arguments.frames:
             raise UserError(
                 f"--prompt-at needs a frame between 1 and --frames {arguments.frames}, got {frame}"
+            )
+        if -(-int(frame) // size) * size >= -(-arguments.frames // size) * size:
+            raise UserError(
+                f"--prompt-at {frame} must leave a block of {size} frames to be made, the video "
+                f"has {arguments.frames}; give an earlier frame"
             )
         prompts.append((int(frame), text))
     encoded = [(frame, student.text(text)[0][None].to(arguments.device)) for frame, text in prompts]

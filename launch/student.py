@@ -96,7 +96,6 @@ class Student:
             spec=spec,
             policy=policy,
             seeds=seeds,
-            sampler=self.sampler,
             head=self.head,
             targets=targets,
         )

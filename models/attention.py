@@ -264,7 +264,7 @@ def attention_received(
     rows = max(1, max_tile_values // received.numel())
     scaled = queries.detach() * queries.shape[-1] ** -0.5
     for tile in scaled.split(rows, dim=2):
-        scores = (tile @ keys.detach().transpose(-1, -2)).float()
+        scores = (tile @ keys.detach().transpose(-1, -2)).float()  # as precise as attention itself
         if mask is not None:
             scores += mask.float()
         received += scores.softmax(dim=-1).sum(dim=2)

@@ -36,7 +36,6 @@ class KVCache:
         spec: Geometry, budget, storage.
         policy: What to keep.
         seeds: Seed of each sample, for policies that draw lots.  [B]
-        passes_per_block: Forward passes that read the cache per block; scales observed attention.
         head: Salience head, needed by policies that say so.
         targets: True salience of every token, needed by policies that say so.  [L, B, S, 3]
 
@@ -53,7 +52,6 @@ class KVCache:
         spec: CacheSpec,
         policy: CachePolicy,
         seeds: Tensor,
-        passes_per_block: int = 1,
         head: SalienceHead | None = None,
         targets: Tensor | None = None,
     ) -> None:
@@ -77,7 +75,6 @@ class KVCache:
                 layer,
                 spec=spec,
                 policy=window if layer in spec.local_layers else policy,
-                passes_per_block=passes_per_block,
             )
             for layer in range(num_layers)
         ]
@@ -110,7 +107,7 @@ class KVCache:
     @property
     def needs_whole_passes(self) -> bool:
         """Whether the attention of every layer counts, even in a pass that only writes."""
-        return self.policy.observes_attention or self.num_frames < self.spec.warmup_frames
+        return self.policy.observes_attention or any(layer.is_warming for layer in self._layers)
 
     @property
     def relative_gaps(self) -> list[float]:

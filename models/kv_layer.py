@@ -22,15 +22,11 @@ class LayerCache:
         layer: Its number.
         spec: Of the cache.
         policy: What to keep.
-        passes_per_block: Forward passes that read the cache per block.
     """
 
-    def __init__(
-        self, layer: int, *, spec: CacheSpec, policy: CachePolicy, passes_per_block: int
-    ) -> None:
+    def __init__(self, layer: int, *, spec: CacheSpec, policy: CachePolicy) -> None:
         self.layer, self.spec, self.policy = layer, spec, policy
         self.budget, self.is_local = spec.budget(layer), layer in spec.local_layers
-        self.passes_per_block = passes_per_block
         self.storage, self.low_storage = storage_named(spec.precision), storage_named("int4")
         self.kept = TokenMemory(self._capacity())
         low = spec.evicted_tokens + spec.block_len if spec.preallocate else None
@@ -54,10 +50,19 @@ class LayerCache:
         return self.spec.precision == "model" and self.spec.evicted == "drop"
 
     @property
+    def is_warming(self) -> bool:
+        """Whether ISPA still gathers the gap here."""
+        return self._warmup_left > 0
+
+    @property
     def num_bytes(self) -> int:
-        """Bytes on the device: tokens as stored, fetched tokens, ISPA's modulation."""
-        held = (self.kept.tokens, self.low.tokens, self._fetched)
+        """Bytes on the device: tokens as stored, those fetched for a block, ISPA's modulation."""
+        held = (self.kept.tokens, self.low.tokens)
         total = sum(tokens.num_bytes for tokens in held if tokens is not None)
+        host = self.host.tokens
+        if host is not None:
+            fetched = min(self.spec.evicted_tokens, host.count)
+            total += host.num_bytes // host.count * fetched
         if self._modulation is not None:
             total += self._modulation.numel() * self._modulation.element_size()
         return total
@@ -77,27 +82,30 @@ class LayerCache:
         self._mean_query: Tensor | None = None
         self._modulation: Tensor | None = None
         self._gap: GapStatistics | None = None
-        self._is_warming = self.is_local
+        self._warmup_left = self.spec.warmup_blocks if self.is_local else 0
         self.forget_reading()
 
     def forget_reading(self) -> None:
         """Drop what belongs to the block that was being made."""
         self._rotated: Tensor | None = None  # keys as the block reads them
         self._fetched: Tokens | None = None
+        self._num_observed = 0
         self._observed: Tensor | None = None  # attention the past got from the block
 
     def flush(self, *, sink: int, newest: int) -> None:
-        """Keep the first `sink` and the last `newest` tokens."""
+        """Keep the first `sink` and the last `newest` tokens, and no memory of what has been."""
         tokens = self.kept.tokens
         if tokens is not None and tokens.count > sink + newest:
             parts = tokens.span(0, sink), tokens.span(tokens.count - newest, tokens.count)
             self.kept.replace(parts[0].extend(parts[1]))
         self.low.clear()
         self.host.clear()
+        self._memory = self._mean_query = self._modulation = None
 
     def prepare(self, clock: Clock) -> None:
         """Rotate the kept keys as the block sees them, fetch tokens from the host."""
         self._fetched = self._fetch()
+        self._check_room(clock)
         tokens = self.kept.tokens
         if tokens is None or not self.is_plain:
             return
@@ -106,7 +114,6 @@ class LayerCache:
             self._rotated = keys
             return
         whole = self.kept.room.parts
-        self._check_room(clock)
         if self._room is None or self._room[1] is not whole["values"]:
             self._room = torch.zeros_like(whole["keys"]), whole["values"]
         self._rotated = self._room[0][:, :, : tokens.count]
@@ -136,6 +143,7 @@ class LayerCache:
         tokens = self.kept.tokens
         if tokens is None:
             return None
+        self._check_capture(tokens)
         held = [t for t in (tokens, self.low.tokens, self._fetched) if t is not None]
         if self._rotated is not None:
             keys, values = self._rotated, tokens.parts["values"]
@@ -146,7 +154,7 @@ class LayerCache:
         extras = Attending(modulation=self._modulation)
         if self.policy.observes_attention:
             extras.observe = self._observe
-        if self._is_warming:
+        if self.is_warming:
             if self._gap is None:
                 width = keys.shape[1] * keys.shape[3]
                 self._gap = GapStatistics(len(keys), width, device=keys.device)
@@ -154,14 +162,23 @@ class LayerCache:
         room = self._room if self.is_plain and self.kept.capacity is not None else None
         return Past(keys, values, self._bias(held), extras, room)
 
+    def _check_capture(self, tokens: Tokens) -> None:
+        is_fixed = self.is_plain and not self.policy.observes_attention
+        if not is_fixed and tokens.positions.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                "a captured pass can read only a cache in the model's precision that drops what it "
+                f"evicts and observes nothing, got precision '{self.spec.precision}', evicted "
+                f"'{self.spec.evicted}' and policy '{self.policy.name}'; run it without a graph"
+            )
+
     def _bias(self, held: list[Tokens]) -> Tensor | None:
         biases = [self.policy.logit_bias(tokens) for tokens in held]
         found = [bias for bias in biases if bias is not None]
         return torch.cat(found, dim=1) if found else None
 
     def _observe(self, mass: Tensor) -> None:
-        share = mass / self.passes_per_block
-        self._observed = share if self._observed is None else self._observed + share
+        self._observed = mass if self._observed is None else self._observed + mass
+        self._num_observed += 1
 
     def _within_window(self, tokens: Tokens) -> Tensor:
         """Which tokens the layer would hold if it were local already.  [B, S]."""
@@ -193,11 +210,12 @@ class LayerCache:
         self._memory = self.policy.remember(self._memory, entering)
         if self.spec.evicted == "offload":
             self._mean_query = entering.projected.queries.float().mean(dim=2)
-        if self._is_warming and clock.end >= self.spec.warmup_frames:
-            assert self._gap is not None, "a warm-up has at least two blocks"
-            self._modulation = self._gap.solve(self.spec.ridge)
-            self._gap, self._is_warming = None, False
-        if not self._is_warming:
+        if self.is_warming:
+            self._warmup_left -= 1
+            if not self.is_warming:
+                assert self._gap is not None, "a warm-up has at least two blocks"
+                self._modulation, self._gap = self._gap.solve(self.spec.ridge), None
+        if not self.is_warming:
             self._evict(clock, grid)
 
     def _renew(self, entering: Entering, clock: Clock) -> None:
@@ -207,7 +225,7 @@ class LayerCache:
             if memory.tokens is None:
                 continue
             if self._observed is not None:
-                seen = self._observed[:, start : start + memory.count]
+                seen = self._observed[:, start : start + memory.count] / self._num_observed
                 memory.set_features(self.policy.observe(memory.tokens.features, seen))
                 start += memory.count
             tokens = memory.tokens
@@ -250,6 +268,7 @@ class LayerCache:
             age=(clock.end - 1 - frame) // spec.frames_per_block,
             protected=protected,
             num_frames=clock.end,
+            new_frames=clock.count,
             grid=grid,
             spec=spec,
             memory=self._memory,

@@ -45,6 +45,8 @@ class TokenMemory:
         if self.room is None or total > self.room.positions.shape[1]:
             self._take_room(newer, total)
         assert self.room is not None
+        if self.tokens is None:  # cleared memory may be measured anew
+            self.room = replace(self.room, calibration=newer.calibration)
         _write(self.room.span(self.count, total), newer)
         self.tokens = self.room.span(0, total)
 
@@ -163,7 +165,10 @@ class Past:
         if extras.gap is not None and counts:
             assert extras.is_local is not None
             near = F.pad(extras.is_local, (0, own), value=True)[:, None, None]
-            local = F.scaled_dot_product_attention(queries, all_keys, all_values, attn_mask=near)
+            with torch.no_grad():
+                local = F.scaled_dot_product_attention(
+                    queries, all_keys, all_values, attn_mask=near
+                )
             extras.gap.update(full=attended, local=local)
         if extras.modulation is not None:
             attended = modulate(attended, extras.modulation)

@@ -5,6 +5,7 @@ All policies of the project are known once this file is imported; those that loo
 """
 
 import difflib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
@@ -146,7 +147,9 @@ class _Weighted(ScoredPolicy):
 
     def score(self, eviction: Eviction, features: Tensor) -> Tensor:
         """Weights . parts."""
-        return features @ features.new_tensor(self.weights)
+        later, within, earlier = features.unbind(-1)
+        a, b, c = self.weights  # numbers of the host: a tensor of them would have to be sent
+        return a * later + b * within + c * earlier
 
 
 @dataclass
@@ -250,8 +253,10 @@ def _like_default(what: str, value: Any, default: Any) -> Any:
         raise ValueError(f"{what} must be {len(default)} numbers, got {value!r}")
     if not _is_number(value):
         raise ValueError(f"{what} must be a number, got {value!r}")
+    if isinstance(default, int) and value != int(value):
+        raise ValueError(f"{what} must be a whole number, got {value!r}")
     return type(default)(value)
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -39,6 +39,12 @@ class AttentionMass(ScoredPolicy):
     age_weight: float = 0.0
     decay: float = 1.0
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay <= 1:
+            raise ValueError(
+                f"decay of policy 'attention_mass' must be in [0, 1], got {self.decay}"
+            )
+
     def describe(self, entering: Entering) -> Tensor:
         """No attention yet."""
         return entering.hidden.new_zeros((*entering.hidden.shape[:2], 1), dtype=torch.float32)
@@ -73,6 +79,13 @@ class Participative(CachePolicy):
     name: ClassVar[str] = "participative"
     sink_share: float = 0.5
     query_blocks: int = 2
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sink_share <= 1 or self.query_blocks < 1:
+            raise ValueError(
+                "sink_share of policy 'participative' must be in [0, 1] and query_blocks at least "
+                f"1, got {self.sink_share} and {self.query_blocks}"
+            )
 
     def enter(self, entering: Entering) -> Tensor:
         """Score by the block's own queries, and empty columns for blocks before it."""
@@ -134,7 +147,8 @@ class FutureQuery(ScoredPolicy):
         turned = torch.view_as_complex(mean.contiguous()) * eviction.query_angles().mean(dim=0)
         coming = torch.view_as_real(turned).flatten(-2)  # [B, N, D]
         rotated = rotate(keys.float(), eviction.key_angles())
-        logits = (rotated @ coming[..., None])[..., 0] * scale
-        spread = split_pairs(keys).square().sum(-1) @ variance[..., None]  # [B, N, S, 1]
+        with torch.autocast(keys.device.type, enabled=False):  # ranks want all digits
+            logits = (rotated @ coming[..., None])[..., 0] * scale
+            spread = split_pairs(keys).square().sum(-1) @ variance[..., None]  # [B, N, S, 1]
         expected = (logits + spread[..., 0] * scale**2 / 2).softmax(dim=-1)
         return standardised((expected * values.float().norm(dim=-1)).mean(dim=1))

@@ -23,7 +23,8 @@ class KeyMerge(CachePolicy):
 
     Source: TempCache of FAST-AR, arXiv:2602.01801 (temporally corresponding keys are merged). That
     similarity alone decides what corresponds, and that the merged token stands at the newer place,
-    is our reading.
+    is our reading. On CUDA the order of the sums is fixed only under
+    `torch.use_deterministic_algorithms`.
     """
 
     name: ClassVar[str] = "key_merge"
@@ -98,6 +99,12 @@ class CompressedMid(CachePolicy):
     acts_every_block: ClassVar[bool] = True
     pool: tuple[int, int] = (2, 2)
 
+    def __post_init__(self) -> None:
+        if min(self.pool) < 1:
+            raise ValueError(
+                f"pool of policy 'compressed_mid' must be at least 1 x 1, got {self.pool}"
+            )
+
     def enter(self, entering: Entering) -> Tensor:
         """How much the block's own queries point at it.  [B, S, 1]."""
         return pointed_at(entering.projected.rotated_queries, entering.projected.rotated_keys)[
@@ -114,12 +121,12 @@ class CompressedMid(CachePolicy):
         recent = spec.protected_frames
         left = [
             max(spec.sink_frames, end - recent)
-            for end in (eviction.num_frames - spec.frames_per_block, eviction.num_frames)
+            for end in (eviction.num_frames - eviction.new_frames, eviction.num_frames)
         ]
         per_frame = spec.tokens_per_frame
         sink = min(spec.sink_frames, eviction.num_frames) * per_frame
         newest = tokens.count - min(recent * per_frame, tokens.count - sink)
-        leaving = newest - (left[1] - left[0]) * per_frame
+        leaving = max(sink, newest - (left[1] - left[0]) * per_frame)
         parts = [tokens.span(0, sink), tokens.span(sink, leaving)]
         if leaving < newest:
             parts.append(self._pool(tokens.span(leaving, newest), eviction.grid))

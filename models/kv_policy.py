@@ -27,7 +27,7 @@ POLICIES: dict[str, type[CachePolicy]] = {}
 
 @dataclass
 class Tokens:
-    """One layer's cached tokens, oldest first.
+    """Cached tokens of one layer: those of the budget oldest first, others as they were evicted.
 
     Attributes:
         parts: Keys before rotation and values as they are stored, token axis 2.  [B, N, S, *]
@@ -141,11 +141,12 @@ class Eviction:
     """One layer's tokens that exceed the budget, and what a policy may know when it decides.
 
     Attributes:
-        tokens: Oldest first.
+        tokens: Oldest first; those in 4 bits in the order in which they were evicted.
         budget: How many may stay.
         age: Blocks since each token's block, 0 for the newest.  [B, S]
         protected: Tokens that must stay: sink and recent frames.  [B, S]
         num_frames: Of the video so far.
+        new_frames: How many of them the newest block has.
         grid: Token (rows, columns) of a frame.
         spec: Of the cache.
         memory: What `remember` keeps of the layer; None if nothing.
@@ -158,6 +159,7 @@ class Eviction:
     age: Tensor
     protected: Tensor
     num_frames: int
+    new_frames: int
     grid: tuple[int, int]
     spec: CacheSpec
     memory: Tensor | None
@@ -284,7 +286,7 @@ class ScoredPolicy(CachePolicy):
         described = self.describe(entering)
         if self.redundancy_weight == 0:
             return described
-        return torch.cat([described, torch.full_like(described[..., :1], -1.0)], dim=-1)
+        return torch.cat([described, described.new_full((*described.shape[:2], 1), -1.0)], dim=-1)
 
     def renew(self, held: Tokens, rotated_keys: Callable[[], Tensor], entering: Entering) -> Tensor:
         """The description renewed, and redundancy raised by newer tokens like it."""
@@ -334,7 +336,9 @@ def nearest(
     found = []
     for start in range(0, keys.shape[2], rows):
         part = _joined(keys[:, :, start : start + rows])
-        cosine = F.normalize(part, dim=-1) @ unit
+        # In bfloat16, near copies could not be told apart.
+        with torch.autocast(keys.device.type, enabled=False):
+            cosine = F.normalize(part, dim=-1) @ unit
         if frames is not None:
             later = frames[:, None, :] > frames[:, start : start + rows, None]
             cosine = cosine.masked_fill(~later, -torch.inf)
@@ -353,7 +357,9 @@ def pointed_at(queries: Tensor, keys: Tensor) -> Tensor:
         float32.  [B, S]
     """
     mean = queries.float().mean(dim=2, keepdim=True)
-    return (keys.float() @ mean.transpose(2, 3))[..., 0].mean(dim=1) * queries.shape[-1] ** -0.5
+    with torch.autocast(keys.device.type, enabled=False):
+        products = (keys.float() @ mean.transpose(2, 3))[..., 0]
+    return products.mean(dim=1) * queries.shape[-1] ** -0.5
 
 
 def _joined(keys: Tensor) -> Tensor:

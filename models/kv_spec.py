@@ -67,7 +67,7 @@ class CacheSpec:
             )
         if self.evicted not in EVICTED:
             raise ValueError(f"evicted must be one of {EVICTED}, got '{self.evicted}'")
-        if (self.evicted == "drop") != (self.evicted_tokens == 0):
+        if self.evicted_tokens < 0 or (self.evicted == "drop") != (self.evicted_tokens == 0):
             raise ValueError(
                 "evicted_tokens must say how many evicted tokens can be read, and be 0 if they are "
                 f"dropped; got evicted='{self.evicted}' with evicted_tokens={self.evicted_tokens}"
@@ -86,11 +86,6 @@ class CacheSpec:
         return max(self.recent_frames, self.frames_per_block)
 
     @property
-    def warmup_frames(self) -> int:
-        """Frames through which ISPA gathers the gap."""
-        return self.warmup_blocks * self.frames_per_block
-
-    @property
     def block_len(self) -> int:
         """Tokens of a block."""
         return self.frames_per_block * self.tokens_per_frame
@@ -106,20 +101,8 @@ class CacheSpec:
 
     def check(self, policy: CachePolicy, num_layers: int) -> None:
         """Raise ValueError if policy and number of layers do not fit."""
-        if self.layer_budgets and len(self.layer_budgets) != num_layers:
-            raise ValueError(
-                f"layer_budgets must name one budget per layer, {num_layers}, "
-                f"got {len(self.layer_budgets)}"
-            )
-        if any(not 0 <= layer < num_layers for layer in self.local_layers):
-            raise ValueError(
-                f"local_layers must be below {num_layers}, got {list(self.local_layers)}"
-            )
-        if policy.changes_tokens and self.evicted != "drop":
-            raise ValueError(
-                f"policy '{policy.name}' merges what it evicts, so nothing is left to keep "
-                f"elsewhere; set evicted='drop', got '{self.evicted}'"
-            )
+        self._check_layers(num_layers)
+        self._check_evicted(policy)
         if self.preallocate and not policy.is_bounded and not self.max_frames:
             raise ValueError(
                 f"policy '{policy.name}' keeps everything, so a preallocated cache needs the "
@@ -133,6 +116,36 @@ class CacheSpec:
                 f"{self.protected_frames} frames of {self.tokens_per_frame} tokens = "
                 f"{self.least_budget(policy)}, got {smallest}; raise budget_tokens or protect "
                 "fewer frames"
+            )
+
+    def _check_layers(self, num_layers: int) -> None:
+        if self.layer_budgets and len(self.layer_budgets) != num_layers:
+            raise ValueError(
+                f"layer_budgets must name one budget per layer, {num_layers}, "
+                f"got {len(self.layer_budgets)}"
+            )
+        if any(not 0 <= layer < num_layers for layer in self.local_layers):
+            raise ValueError(
+                f"local_layers must be below {num_layers}, got {list(self.local_layers)}"
+            )
+        window = (self.sink_frames + self.protected_frames) * self.tokens_per_frame
+        for layer in self.local_layers:
+            if self.budget(layer) < window:
+                raise ValueError(
+                    f"a local layer must hold sink and recent frames, {window} tokens, got "
+                    f"{self.budget(layer)} for layer {layer}; raise its budget"
+                )
+
+    def _check_evicted(self, policy: CachePolicy) -> None:
+        if self.evicted != "drop" and not policy.is_bounded:
+            raise ValueError(
+                f"policy '{policy.name}' evicts nothing, so nothing can be kept elsewhere; set "
+                f"evicted='drop', got '{self.evicted}'"
+            )
+        if policy.changes_tokens and self.evicted != "drop":
+            raise ValueError(
+                f"policy '{policy.name}' merges what it evicts, so nothing is left to keep "
+                f"elsewhere; set evicted='drop', got '{self.evicted}'"
             )
 
 

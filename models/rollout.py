@@ -62,11 +62,10 @@ def make_cache(
     spec: CacheSpec,
     policy: CachePolicy,
     seeds: Tensor,
-    sampler: Sampler,
     head: SalienceHead | None = None,
     targets: Tensor | None = None,
 ) -> KVCache:
-    """An empty cache that fits a student and its sampler."""
+    """An empty cache that fits a student."""
     return KVCache(
         num_layers=student.num_layers,
         head_dim=student.head_dim,
@@ -74,7 +73,6 @@ def make_cache(
         spec=spec,
         policy=policy,
         seeds=seeds,
-        passes_per_block=sampler.num_steps + 1,
         head=head,
         targets=targets,
     )

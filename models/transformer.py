@@ -231,6 +231,8 @@ class VideoTransformer(nn.Module):
         Returns:
             Estimate of noise - x0 of the wanted frames.  [B, wanted, C, H, W]
         """
+        if write and cache is None:
+            raise ValueError("a pass writes into a cache, so `write` needs one; give `cache`")
         grid = self.token_grid(latents)
         x = self.patch_embedding(latents.transpose(1, 2)).flatten(2).transpose(1, 2)  # [B, S, E]
         time, modulation = self.embed_time(sigma)
@@ -277,9 +279,10 @@ class VideoTransformer(nn.Module):
             every = torch.arange(latents.shape[1], device=latents.device)
             positions = shown = grid_positions(every if frames is None else frames, *grid)
         else:
-            if frames is not None:
+            if frames is not None or mask is not None:
                 raise ValueError(
-                    "a cache knows which frames come next, so `frames` must not be given with one"
+                    "a cache knows which frames come next and what they may read, so `frames` and "
+                    "`mask` must not be given with one"
                 )
             cache.begin(latents.shape[1])
             positions, shown = cache.positions(grid)

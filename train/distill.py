@@ -226,7 +226,6 @@ class Distill(DistributionMatching):
             ),
             policy=build_policy("random", {"redraw": False}),
             seeds=seeds,
-            sampler=self.sampler(),
         )
         prefix = batch.latents[:, :prefix_frames]
         for block in prefix.split(self.frames_per_block, dim=1) if prefix_frames else ():

@@ -133,7 +133,6 @@ class Streaming(DistributionMatching):
             ),
             policy=build_policy(params.policy, params.policy_params),
             seeds=seeds.to(batch.latents.device),
-            sampler=self.sampler(),
             head=head,
         )
         prefix = batch.latents[:, : params.prefix_frames]

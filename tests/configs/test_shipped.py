@@ -12,7 +12,7 @@ from launch.show import cache_bytes, describe
 from launch.student import transformer_from_config
 from models.kv_policies import build_policy
 from models.kv_spec import CacheSpec
-from models.rollout import Sampler, make_cache, refresh
+from models.rollout import make_cache, refresh
 
 FILES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 TINY = next(path for path in FILES if path.stem == "tiny")
@@ -43,13 +43,12 @@ def test_show_takes_a_real_geometry_without_allocating_it(tmp_path):
 def test_the_cache_size_shown_is_that_of_a_real_cache():
     config = load_config([str(TINY)])
     student = transformer_from_config(to_dict(config.model))
-    blocks, sampler = torch.randn(3, 7, 16, 2, 4).split(2, dim=1), Sampler([1.0, 0.0])
+    blocks = torch.randn(3, 7, 16, 2, 4).split(2, dim=1)
     cache = make_cache(
         student,
         spec=CacheSpec(budget_tokens=40, tokens_per_frame=8, frames_per_block=2),
         policy=build_policy("fifo", {}),
         seeds=torch.arange(3),
-        sampler=sampler,
     )
     for block in blocks:
         refresh(student, torch.zeros(3, 4, 32), block, cache=cache)

@@ -38,7 +38,6 @@ def new_cache(
         spec=CacheSpec(budget_tokens=budget, tokens_per_frame=PLACES, **{**GEOMETRY, **spec}),
         policy=build_policy(policy, params),
         seeds=torch.tensor(seeds),
-        sampler=SAMPLER,
         head=head(),
         targets=targets(seeds),
     )

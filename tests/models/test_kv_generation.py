@@ -133,7 +133,7 @@ def test_the_host_gives_back_what_the_last_queries_point_at():
     for sample in range(2):
         best = similar[sample].topk(5).indices.sort().values
         assert torch.equal(fetched.positions[sample], host.positions[sample, best])
-    assert cache.num_bytes > 2 * 2 * 36 * 2 * 2 * 12 * 4  # fetched tokens count where they live
+    assert cache.num_bytes == 2 * 2 * (36 + 5) * 2 * 2 * 12 * 4  # fetched ones where they live
 
 
 def test_evicted_tokens_in_four_bits_are_read_and_bounded():
@@ -288,6 +288,68 @@ def test_tokens_in_another_storage_keep_their_places():
     assert moved.num_bytes == 2 * 5 * low.token_bytes(2, 4, torch.float32)
     assert F.cosine_similarity(moved.read()[1], values, dim=-1).min() > 0.9
     assert torch.equal(moved.features, tokens.features)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("preallocate", [False, True])
+def test_a_cleared_cache_is_measured_anew(precision, preallocate):
+    network = random_transformer()
+    cache = new_cache(network, precision=precision, preallocate=preallocate)
+    refresh(network, TEXT, 40 * block(0), cache=cache)
+    cache.clear()
+    fresh = new_cache(network, precision=precision, preallocate=preallocate)
+    for some in (cache, fresh):
+        refresh(network, TEXT, block(1), cache=some)
+    for one, two in zip(cache.layers, fresh.layers, strict=True):
+        assert torch.equal(one.read()[0], two.read()[0])
+        assert torch.equal(one.read()[1], two.read()[1])
+
+
+def test_ispa_counts_the_blocks_it_has_seen_not_the_frames_of_the_video():
+    network = random_transformer()
+    spec = {"local_layers": (1,), "warmup_blocks": 3, "layer_budgets": (1000, 24)}
+    cache = new_cache(network, "full", **spec)
+    refresh(network, TEXT, block(0), cache=cache)
+    cache.skip_to(20)
+    refresh(network, TEXT, block(1), cache=cache)
+    assert cache.layers[1].count == 24, "still warming up"
+    assert cache.num_bytes == 2 * 2 * 2 * 2 * 12 * 4 * 24
+    refresh(network, TEXT, block(2), cache=cache)
+    assert cache.num_bytes == 2 * 2 * 2 * 12 * 4 * (36 + 24) + 2 * 24 * 24 * 4
+    cache.flush(2)
+    assert cache.num_bytes == 2 * 2 * 2 * 2 * 12 * 4 * 18, "nothing is left of the old scene"
+
+
+def test_ispa_may_warm_up_while_activations_are_recomputed():
+    network = random_transformer()
+    network.recomputes_activations = True
+    spec = {"local_layers": (0,), "warmup_blocks": 3, "layer_budgets": (24, 1000)}
+    cache = new_cache(network, "full", **spec)
+    for number in range(2):
+        refresh(network, TEXT, block(number), cache=cache)
+    network(block(2), torch.ones(2, BLOCK), TEXT, cache=cache).square().mean().backward()
+    assert cache._layers[0]._gap.num_queries == 2 * BLOCK * PLACES  # one refresh, one pass
+
+
+def test_contradictory_settings_are_refused():
+    network = random_transformer()
+    for spec, message in (
+        ({"policy": "full", "evicted": "low", "evicted_tokens": 4}, "evicts nothing"),
+        ({"evicted": "offload", "evicted_tokens": -5}, "evicted_tokens must say"),
+        (
+            {"local_layers": (0,), "warmup_blocks": 2, "layer_budgets": (6, 99), "policy": "full"},
+            "a local layer must hold sink and recent frames",
+        ),
+        ({"policy": "participative", "params": {"query_blocks": 0}}, "query_blocks at least 1"),
+        ({"policy": "participative", "params": {"query_blocks": 1.5}}, "must be a whole number"),
+        ({"policy": "compressed_mid", "params": {"pool": [0, 2]}}, "at least 1 x 1"),
+        ({"policy": "norm", "params": {"age_weight": float("nan")}}, "must be a number"),
+        ({"policy": "attention_mass", "params": {"decay": -1}}, r"must be in \[0, 1\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            new_cache(network, **spec)
+    with pytest.raises(ValueError, match="`write` needs one"):
+        network(block(0), torch.zeros(2, BLOCK), TEXT, write=True)
 
 
 @pytest.mark.gpu

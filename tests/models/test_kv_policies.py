@@ -12,7 +12,7 @@ from models.kv_policies_merging import positions_of_windows
 from models.kv_policy import Entering, Eviction, Tokens, nearest, pointed_at, standardised
 from models.kv_spec import CacheSpec
 from models.kv_storage import storage_named
-from models.rollout import refresh
+from models.rollout import recache, refresh
 from tests.models.rolling import BLOCK, PLACES, head, new_cache, roll
 from tests.models.small import random_transformer
 
@@ -51,6 +51,7 @@ def eviction_of(tokens: Tokens, *, budget: int, memory=None, num_frames: int = 4
         age=(num_frames - 1 - frame) // BLOCK,
         protected=(frame < 1) | (frame >= num_frames - BLOCK),
         num_frames=num_frames,
+        new_frames=BLOCK,
         grid=GRID,
         spec=spec,
         memory=memory,
@@ -209,6 +210,62 @@ def test_compressed_mid_pools_frames_that_leave_and_keeps_the_best():
     assert cache.num_tokens == 34
     middle = cache.layers[0].positions[0, 6:22, 0]
     assert middle.unique().numel() < 16, "not simply the newest"
+
+
+@pytest.mark.parametrize("change", ["recache", "flush", "short"])
+def test_compressed_mid_pools_no_frame_twice_after(change):
+    network = random_transformer()
+    cache = new_cache(network, "compressed_mid", budget=60, recent_frames=4)
+    roll(network, cache, 12)
+    text, video = torch.zeros(2, 3, 8), torch.randn(2, 6, 16, 2, 3)
+    if change == "recache":
+        recache(network, text, video, cache=cache, sink=video[:, :2])
+    elif change == "flush":
+        cache.flush(2)
+    else:
+        refresh(network, text, video[:, :1], cache=cache)
+    roll(network, cache, 8)
+    for layer in cache.layers:
+        frames = layer.positions[0, :, 0]
+        counts = {int(f): int((frames == f).sum()) for f in frames.unique()}
+        newest = cache.num_frames - 4
+        whole = {f for f, count in counts.items() if count == PLACES}
+        assert whole == {0, *range(newest, newest + 4)}
+        assert all(count <= 2 for f, count in counts.items() if f not in whole)
+
+
+def test_ranks_keep_all_digits_under_autocast():
+    own, near = projected(24), projected(24)
+    near.keys.add_(1e-3 * projected(24, seed=5).keys)
+    # In bfloat16 a cosine of 1 - 1e-6 is 1.
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cosine, index = nearest(own.keys.float(), near.keys.float())
+        pointed = pointed_at(own.queries.float(), own.keys.float())
+    assert cosine.dtype == pointed.dtype == torch.float32
+    assert cosine.unique().numel() > 10
+    assert torch.equal(index, torch.arange(24).expand(2, -1))
+    torch.testing.assert_close(pointed, pointed_at(own.queries.float(), own.keys.float()))
+
+
+def test_redundancy_works_for_policies_without_features_of_their_own():
+    network = random_transformer()
+    cache = new_cache(network, "future_query", params={"redundancy_weight": 1.0})
+    assert roll(network, cache, 12).isfinite().all()
+    assert cache.layers[0].features.shape[-1] == 1
+
+
+def test_observed_mass_does_not_depend_on_the_number_of_passes():
+    network, text = random_transformer(), torch.zeros(2, 3, 8)
+    mass = {}
+    for passes in (0, 3):
+        cache = new_cache(network, "attention_mass", budget=1000)
+        for seed in range(2):
+            block = torch.randn(2, BLOCK, 16, 2, 3, generator=torch.Generator().manual_seed(seed))
+            for _ in range(passes):  # the same pass again reads the same
+                network(block, torch.zeros(2, BLOCK), text, cache=cache)
+            refresh(network, text, block, cache=cache)
+        mass[passes] = cache.layers[0].features[:, :12]
+    torch.testing.assert_close(mass[0], mass[3])
 
 
 def test_windows_at_the_edge_have_their_own_centre():

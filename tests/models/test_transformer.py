@@ -14,7 +14,7 @@ from models.attention import (
 )
 from models.kv_policies import build_policy
 from models.kv_spec import CacheSpec
-from models.rollout import Sampler, make_cache, refresh
+from models.rollout import make_cache, refresh
 from models.transformer import VideoTransformer
 from tests.models.small import random_transformer
 
@@ -149,7 +149,6 @@ def full_cache(network, num_samples):
         spec=CacheSpec(budget_tokens=1, tokens_per_frame=6, frames_per_block=2),
         policy=build_policy("full"),
         seeds=torch.arange(num_samples),
-        sampler=Sampler([1.0, 0.0]),
     )
 
 
