@@ -105,6 +105,8 @@ class Tokens:
 
 
 def _gather(x: Tensor, indices: Tensor, axis: int) -> Tensor:
+    if len(indices) == 1:  # whole rows at once, several times faster
+        return x.index_select(axis, indices[0])
     shape = [1] * x.dim()
     shape[0], shape[axis] = indices.shape
     expanded = indices.view(shape).expand(*x.shape[:axis], -1, *x.shape[axis + 1 :])
