@@ -10,9 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from launch.figures import Row, best, series_of
+from models.kv_policies import POLICIES
 
-HEURISTICS = ("fifo", "sink_window", "random", "random_once", "attention_mass")
-"""Policies that learn nothing from a teacher."""
+HEURISTICS = (
+    *(name for name, policy in POLICIES.items() if policy.is_bounded and not policy.needs_head),
+    "random_once",
+)
+"""Policies that learn nothing from a teacher, by their names in the results."""
 FEW_STEPS = (1, 2)
 TOLERANCE = 0.10
 """Identity accuracy that later stages, or fewer steps, may cost."""

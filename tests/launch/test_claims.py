@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from launch.claims import Claim, claims_of
+from models.kv_policies import POLICIES
 
 ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def row(policy: str, accuracy: float, *, stage: str = "many", tokens: int = 128, **more) -> dict:
@@ -127,3 +129,26 @@ def test_results_of_one_stage_without_budgets_claim_what_they_can():
 def test_a_claim_in_words():
     text = str(Claim("error", 0.5, 0.5, is_floor=False, is_strict=True))
     assert text == "error: 0.500, must be < 0.500: does NOT hold"
+
+
+@pytest.mark.parametrize(("dtype", "most"), [("float32", 1.6), ("bfloat16", 2.2)])
+def test_saved_cost_of_salience_targets_is_within_its_goal(dtype, most):
+    record = json.loads((RESULTS / f"targets-{dtype}-2-core-cpu.json").read_text())
+    assert (record["length"], record["heads"], record["head_dim"]) == (8192, 12, 64)
+    assert record["dtype"] == dtype
+    assert record["threads"] == 2
+    assert 1 < record["ratio"] <= most
+    assert record["ratio"] == record["seconds_with_targets"] / record["seconds_attention"]
+    assert record["peak_extra_bytes"] <= 64e6
+
+
+def test_saved_rollouts_show_every_policy_and_a_cheap_head():
+    record = json.loads((RESULTS / "rollout-2-core-cpu.json").read_text())
+    rows = {(row["policy"], row["storage"]): row for row in record["rollouts"]}
+    assert {policy for policy, _ in rows} == set(POLICIES)
+    share = rows["salience", "model"]["share"]
+    assert share["score"] + share["evict"] <= 0.05
+    peaks = [rows["salience", storage]["peak_bytes"] for storage in ("model", "int8", "int4")]
+    assert peaks[0] > 1.5 * peaks[1]
+    assert peaks[1] > peaks[2]
+    assert record["gpu"] == "unmeasured"
