@@ -319,7 +319,7 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, str]], x: float) -> None
 
 def _budget_label(rows: Sequence[Row], budget: int) -> str:
     share = next(row["budget_share"] for row in rows if row["budget_tokens"] == budget)
-    return f"{budget} ({100 * share:.0f} %)"
+    return f"{budget}\n{100 * share:.0f} %"
 
 
 def _order(rows: Sequence[Row]) -> list[str]:
