@@ -16,8 +16,9 @@ from models.attention import grid_positions
 from models.kv_layer import LayerCache
 from models.kv_memory import Past
 from models.kv_policies import build_policy
-from models.kv_policy import CachePolicy, Entering, Tokens
+from models.kv_policy import CachePolicy
 from models.kv_spec import CacheSpec, Clock
+from models.kv_tokens import Entering, Tokens
 
 if TYPE_CHECKING:
     from models.salience import SalienceHead

@@ -10,9 +10,10 @@ from torch import Tensor
 from models.attention import grid_positions, rotate
 from models.ispa import GapStatistics
 from models.kv_memory import Attending, Past, TokenMemory
-from models.kv_policy import CachePolicy, Entering, Eviction, Tokens
+from models.kv_policy import CachePolicy
 from models.kv_spec import CacheSpec, Clock
 from models.kv_storage import storage_named
+from models.kv_tokens import Entering, Eviction, Tokens
 
 
 class LayerCache:

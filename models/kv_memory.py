@@ -11,7 +11,7 @@ from torch import Tensor
 
 from models.attention import attend
 from models.ispa import GapStatistics, modulate
-from models.kv_policy import Tokens
+from models.kv_tokens import Tokens
 
 
 class TokenMemory:

@@ -15,15 +15,8 @@ from torch import Tensor
 
 import models.kv_policies_attention
 import models.kv_policies_merging  # noqa: F401  (both register their policies)
-from models.kv_policy import (
-    POLICIES,
-    CachePolicy,
-    Entering,
-    Eviction,
-    ScoredPolicy,
-    hash_uniform,
-    standardised,
-)
+from models.kv_policy import POLICIES, CachePolicy, ScoredPolicy, hash_uniform, standardised
+from models.kv_tokens import Entering, Eviction
 
 __all__ = ["POLICIES", "build_policy"]
 

@@ -8,15 +8,8 @@ import torch
 from torch import Tensor
 
 from models.attention import rotate, split_pairs
-from models.kv_policy import (
-    CachePolicy,
-    Entering,
-    Eviction,
-    ScoredPolicy,
-    Tokens,
-    pointed_at,
-    standardised,
-)
+from models.kv_policy import CachePolicy, ScoredPolicy, pointed_at, standardised
+from models.kv_tokens import Entering, Eviction, Tokens
 
 
 @dataclass

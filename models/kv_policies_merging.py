@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.kv_policy import CachePolicy, Entering, Eviction, Tokens, nearest, pointed_at
+from models.kv_policy import CachePolicy, nearest, pointed_at
+from models.kv_tokens import Entering, Eviction, Tokens
 
 
 @dataclass

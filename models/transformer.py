@@ -21,7 +21,7 @@ from models.attention import (
     rotary_angles,
 )
 from models.block import Block, Probe, Surroundings
-from models.kv_policy import Entering
+from models.kv_tokens import Entering
 
 if TYPE_CHECKING:
     from models.kv_cache import KVCache

@@ -7,8 +7,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from models.kv_memory import Attending, Past
 from models.kv_policies import POLICIES
-from models.kv_policy import Tokens
 from models.kv_storage import storage_named
+from models.kv_tokens import Tokens
 from models.rollout import denoise_block, refresh
 from tests.models.rolling import BLOCK, PLACES, SAMPLER, TypedNoise, new_cache, roll
 from tests.models.small import random_transformer

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from models.attention import Projected, grid_positions, rotary_angles, rotate
 from models.kv_policies import POLICIES, build_policy
 from models.kv_policies_merging import positions_of_windows
-from models.kv_policy import Entering, Eviction, Tokens, nearest, pointed_at, standardised
+from models.kv_policy import nearest, pointed_at, standardised
 from models.kv_spec import CacheSpec
 from models.kv_storage import storage_named
+from models.kv_tokens import Entering, Eviction, Tokens
 from models.rollout import recache, refresh
 from tests.models.rolling import BLOCK, PLACES, head, new_cache, roll
 from tests.models.small import random_transformer
