@@ -186,8 +186,13 @@ class _Meter(TorchDispatchMode):
         del self._watches[key]
 
 
-def write_result(arguments: argparse.Namespace, result: Mapping[str, Any], *, verb: str) -> None:
-    """Write the record of a benchmark: its result, its command and the machine."""
+def write_result(
+    arguments: argparse.Namespace,
+    result: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    *,
+    verb: str,
+) -> None:
+    """Write the record of a benchmark: its result, or each of several, with command and machine."""
     given = {name: value for name, value in vars(arguments).items() if name not in ("name", "act")}
     words = [f"--{name.replace('_', '-')} {shlex.quote(str(v))}" for name, v in given.items()]
     about = {
@@ -198,5 +203,8 @@ def write_result(arguments: argparse.Namespace, result: Mapping[str, Any], *, ve
         "hardware": hardware(arguments.device),
         "versions": versions(),
     }
-    write_record(arguments.out, about | dict(result))
+    if isinstance(result, Mapping):
+        write_record(arguments.out, about | dict(result))
+    else:
+        write_record(arguments.out, [about | dict(one) for one in result])
     say(f"written to {arguments.out}")

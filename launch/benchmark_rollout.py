@@ -125,7 +125,7 @@ def run(arguments: argparse.Namespace) -> None:
             f"{row['peak_bytes'] / 1e6:.0f} MB"
         )
     spec = rollouts[entries[0]].cache.spec
-    result = {
+    shared = {
         "settings": asdict(scene)
         | scene.sizes()
         | {
@@ -138,12 +138,11 @@ def run(arguments: argparse.Namespace) -> None:
         },
         "counted": COUNTED,
         "gpu": torch.cuda.get_device_name() if scene.device == "cuda" else "unmeasured",
-        "rollouts": rows,
     }
     in_one_word = argparse.Namespace(
         **vars(arguments) | {"grid": "x".join(str(count) for count in scene.grid)}
     )
-    benchmark.write_result(in_one_word, result, verb="rollout")
+    benchmark.write_result(in_one_word, [shared | row for row in rows], verb="rollout")
 
 
 def _check(arguments: argparse.Namespace) -> list[Entry]:

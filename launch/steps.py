@@ -204,7 +204,7 @@ def say(text: str) -> None:
         sys.stdout.flush()
 
 
-def write_record(path: Path, content: Mapping[str, Any]) -> None:
+def write_record(path: Path, content: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
     """Write a JSON record that is whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")

@@ -52,11 +52,11 @@ def test_the_record_holds_every_policy_and_storage_with_all_numbers(capsys, tmp_
     out = tmp_path / "rollout.json"
     assert main(["bench", "rollout", *TINY, "--out", str(out)]) == 0
     assert "round 1/1" in capsys.readouterr().out
-    record = json.loads(out.read_text())
-    rows = {(row["policy"], row["storage"]): row for row in record["rollouts"]}
+    listed = json.loads(out.read_text())
+    rows = {(row["policy"], row["storage"]): row for row in listed}
     expected = {(name, "model") for name in POLICIES} | {("salience", name) for name in STORAGES}
     assert set(rows) == expected
-    assert len(record["rollouts"]) == len(expected)
+    assert len(listed) == len(expected)
     full = rows["full", "model"]
     for row in rows.values():
         assert set(row["share"]) == set(PARTS)
@@ -67,6 +67,11 @@ def test_the_record_holds_every_policy_and_storage_with_all_numbers(capsys, tmp_
         assert row["ratio_to_full"] == pytest.approx(ratio)
         assert row["ratio_to_bound"] == pytest.approx(row["bound_seconds"] / row["seconds"])
         assert row["peak_bytes"] > row["kv_bytes"] + row["host_bytes"] > 0
+        assert row["settings"]["video_frames"] == 14
+        assert row["settings"]["ffn_dim"] == 140
+        assert row["gpu"] == "unmeasured"
+        assert row["hardware"]["cores"]
+        assert row["versions"]["torch"] == torch.__version__
     budget, evicted, token_bytes = 5 * PLACES, 5 * PLACES // 4, 2 * 2 * 24 * 4  # of two layers
     assert full["budget_tokens"] is None
     assert full["past_tokens"] == 6 * BLOCK * PLACES  # before the seventh block, the one timed
@@ -77,11 +82,6 @@ def test_the_record_holds_every_policy_and_storage_with_all_numbers(capsys, tmp_
     assert rows["salience", "offload"]["past_tokens"] == budget + evicted
     assert rows["salience", "offload"]["host_bytes"] == (42 * 2 - budget) * token_bytes
     assert rows["salience", "low"]["past_tokens"] == budget + evicted
-    assert record["settings"]["video_frames"] == 14
-    assert record["settings"]["ffn_dim"] == 140
-    assert record["gpu"] == "unmeasured"
-    assert record["hardware"]["cores"]
-    assert record["versions"]["torch"] == torch.__version__
 
 
 @pytest.mark.usefixtures("threads")
@@ -90,11 +90,12 @@ def test_policies_narrows_and_full_always_runs(capsys, tmp_path):
     words = [*TINY, "--policies", "fifo,random,fifo", "--dtype", "bfloat16", "--out", str(out)]
     assert main(["bench", "rollout", *words]) == 0
     capsys.readouterr()
-    record = json.loads(out.read_text())
-    found = [(row["policy"], row["storage"]) for row in record["rollouts"]]
+    listed = json.loads(out.read_text())
+    found = [(row["policy"], row["storage"]) for row in listed]
     out.unlink()
-    assert main(record["command"].split()[3:]) == 0, "the command in the record is the one given"
-    assert json.loads(out.read_text())["settings"] == record["settings"]
+    again = listed[0]["command"].split()[3:]
+    assert main(again) == 0, "the command in the record is the one given"
+    assert json.loads(out.read_text())[0]["settings"] == listed[0]["settings"]
     assert found == [("full", "model"), ("fifo", "model"), ("random", "model")]
 
 

@@ -143,12 +143,12 @@ def test_saved_cost_of_salience_targets_is_within_its_goal(dtype, most):
 
 
 def test_saved_rollouts_show_every_policy_and_a_cheap_head():
-    record = json.loads((RESULTS / "rollout-2-core-cpu.json").read_text())
-    rows = {(row["policy"], row["storage"]): row for row in record["rollouts"]}
+    listed = json.loads((RESULTS / "rollout-2-core-cpu.json").read_text())
+    rows = {(row["policy"], row["storage"]): row for row in listed}
     assert {policy for policy, _ in rows} == set(POLICIES)
     share = rows["salience", "model"]["share"]
     assert share["score"] + share["evict"] <= 0.05
     peaks = [rows["salience", storage]["peak_bytes"] for storage in ("model", "int8", "int4")]
     assert peaks[0] > 1.5 * peaks[1]
     assert peaks[1] > peaks[2]
-    assert record["gpu"] == "unmeasured"
+    assert {row["gpu"] for row in listed} == {"unmeasured"}

@@ -71,7 +71,7 @@ def test_prefix_prompt_switch_and_policy_give_a_video_and_a_summary(student, tmp
         (["--precision", "int8"], 40, 40 * (2 * 32 + 6)),  # codes, and three float16
         (["--precision", "int4"], 40, 40 * (32 + 6)),
         (["--evicted", "low", "--evicted-tokens", "8"], 40, 40 * 256 + 8 * (32 + 6)),
-        (["--evicted", "offload", "--evicted-tokens", "8"], 40, 40 * 256),
+        (["--evicted", "offload", "--evicted-tokens", "8"], 40, (40 + 8) * 256),
         (["--prompt-at", "10", "blue", "--at-switch", "flush"], 40, 40 * 256),
         (["--prompt-at", "10", "blue", "--at-switch", "cut"], 40, 40 * 256),
     ],
