@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from models.attention import Attention, grid_positions
+from models.block import Block
 from models.salience import PARTS, SalienceHead, head_scores
-from models.transformer import Block, VideoTransformer
+from models.transformer import VideoTransformer
 from train.randomness import sample_uniform
 
 NORMS = ("key_norm", "value_norm")

@@ -124,18 +124,8 @@ def run(arguments: argparse.Namespace) -> None:
             f"and evict {row['share']['score'] + row['share']['evict']:.1%}, peak "
             f"{row['peak_bytes'] / 1e6:.0f} MB"
         )
-    spec = rollouts[entries[0]].cache.spec
     shared = {
-        "settings": asdict(scene)
-        | scene.sizes()
-        | {
-            "dtype": arguments.dtype,
-            "sigmas": SAMPLER.sigmas,
-            "video_frames": scene.blocks * scene.block,
-            "sink_frames": spec.sink_frames,
-            "protected_frames": spec.protected_frames,
-            "evicted_tokens": scene.cache_spec("low").evicted_tokens,
-        },
+        "settings": _settings(scene, arguments.dtype),
         "counted": COUNTED,
         "gpu": torch.cuda.get_device_name() if scene.device == "cuda" else "unmeasured",
     }
@@ -143,6 +133,23 @@ def run(arguments: argparse.Namespace) -> None:
         **vars(arguments) | {"grid": "x".join(str(count) for count in scene.grid)}
     )
     benchmark.write_result(in_one_word, [shared | row for row in rows], verb="rollout")
+
+
+def _settings(scene: Scene, dtype: str) -> dict[str, Any]:
+    """What a reader must know of the network, the video and the cache."""
+    spec = scene.cache_spec("low")
+    return (
+        asdict(scene)
+        | scene.sizes()
+        | {
+            "dtype": dtype,
+            "sigmas": SAMPLER.sigmas,
+            "video_frames": scene.blocks * scene.block,
+            "sink_frames": spec.sink_frames,
+            "protected_frames": spec.protected_frames,
+            "evicted_tokens": spec.evicted_tokens,
+        }
+    )
 
 
 def _check(arguments: argparse.Namespace) -> list[Entry]:

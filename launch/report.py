@@ -133,7 +133,7 @@ def _forms(results: dict[str, Any]) -> str:
 {tables.form_table(main_rows(results), results["forms"])}
 <p class="note" style="margin-top:12px">All but 8 and 4 bits take as many bytes on the device as the
 plain cache. The network computes in 32 bits here, so that 4 bits hold more than six times as many
-tokens; of 16 bits it would be three and a half. Error to full: mean square of the difference
+tokens; of 16 bits it would be more than three times. Error to full: mean square of the difference
 between the latents and those of a cache that keeps everything, same noise.</p></div>"""
 
 
