@@ -6,11 +6,9 @@ import torch
 from torch import Tensor
 
 from launch.held_out import HeldOut
-from models.flow import add_noise
-from models.salience_targets import SalienceCapture, mask_short_future
+from models.salience_targets import mask_short_future
 from models.transformer import VideoTransformer
-from train.randomness import sample_noise
-from train.salience import SalienceParams
+from train.salience import SalienceParams, salience_of
 
 CLIPS_AT_ONCE = 8
 
@@ -68,12 +66,16 @@ class Seer:
     def _targets_of_window(
         self, window: Tensor, text: Tensor, seeds: Tensor, per_frame: int
     ) -> Tensor:
-        noise = sample_noise(window.shape[1:], seeds.cpu(), "salience noise", device=window.device)
-        sigma = window.new_full(window.shape[:2], self.params.sigma)
         block_len = self.frames_per_block * per_frame
-        with SalienceCapture(self.teacher, block_len) as captured:
-            self.teacher(add_noise(window, noise, sigma), sigma, text, wanted=0)
-        return mask_short_future(captured.targets, block_len, self.params.horizon)
+        found = salience_of(
+            self.teacher,
+            window,
+            text,
+            seeds=seeds.cpu(),
+            sigma=self.params.sigma,
+            block_len=block_len,
+        )
+        return mask_short_future(found, block_len, self.params.horizon)
 
 
 def window_starts(num_frames: int, window: int, block: int) -> list[int]:

@@ -49,6 +49,36 @@ class SalienceParams:
     targets: str = "online"
 
 
+@torch.no_grad()
+def salience_of(
+    teacher: VideoTransformer,
+    latents: Tensor,
+    text: Tensor,
+    *,
+    seeds: Tensor,
+    sigma: float,
+    block_len: int,
+) -> Tensor:
+    """Salience of every token of clean videos in the teacher's attention to noisy ones.
+
+    Args:
+        teacher: Bidirectional.
+        latents: Clean.  [B, F, C, H, W]
+        text: Captions.  [B, T, text_dim]
+        seeds: Of the noise of each sample, on the CPU.  [B]
+        sigma: Noise level.
+        block_len: Tokens of a block.
+
+    Returns:
+        As `models.salience_targets.attend_with_targets`, for every layer.  [L, B, S, 3]
+    """
+    noise = sample_noise(latents.shape[1:], seeds, "salience noise", device=latents.device)
+    level = latents.new_full(latents.shape[:2], sigma)
+    with SalienceCapture(teacher, block_len) as captured:
+        teacher(add_noise(latents, noise, level), level, text, wanted=0)
+    return captured.targets
+
+
 class SalienceStage(Stage):
     """Trains the network `head`; teacher and student are frozen, nothing reaches the student."""
 
@@ -86,18 +116,18 @@ class SalienceStage(Stage):
             found = self.ask_teacher(batch)
         return mask_short_future(found, self.block_len, self.params.horizon)
 
-    @torch.no_grad()
     def ask_teacher(self, batch: LatentBatch) -> Tensor:
         """Salience as the teacher's attention has it, short futures included.  [L, B, S, 3]."""
-        x0 = batch.latents
-        noise = sample_noise(x0.shape[1:], batch.seeds, "salience noise", device=x0.device)
-        sigma = x0.new_full(x0.shape[:2], self.params.sigma)
-        noisy = add_noise(x0, noise, sigma)
         teacher = self.frozen["teacher"]
         assert isinstance(teacher, VideoTransformer)
-        with SalienceCapture(teacher, self.block_len) as captured:
-            teacher(noisy, sigma, batch.text, wanted=0)
-        return captured.targets
+        return salience_of(
+            teacher,
+            batch.latents,
+            batch.text,
+            seeds=batch.seeds,
+            sigma=self.params.sigma,
+            block_len=self.block_len,
+        )
 
     @torch.no_grad()
     def hidden(self, batch: LatentBatch) -> list[Tensor]:
