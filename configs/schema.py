@@ -9,8 +9,8 @@ from typing import Any
 
 from configs.checks import check_run, require, require_choice, require_positive
 
-FREE_STAGE_KEYS = ("checkpoint_every", "keep", "sample_every")
-"""Of `StageConfig`: do not change what a stage computes, so they may change while it trains."""
+FREE_STAGE_KEYS = ("micro_batch", "checkpoint_every", "keep", "keep_every", "sample_every")
+"""Of `StageConfig`: change no more than rounding, so they may change while a stage trains."""
 
 
 @dataclass
@@ -201,11 +201,12 @@ class StageConfig:
     """Which stage class runs, a name in the table of `launch/build.py`."""
     steps: int
     batch: int
-    """Samples per rank and micro-batch."""
+    """Samples of one optimiser step, over all ranks."""
     frames: int
     """Length of the training clips in latent frames."""
-    accumulate: int = 1
-    """Micro-batches per optimiser step."""
+    micro_batch: int = 0
+    """Samples per rank that pass through the networks together; a step adds up as many passes as it
+    takes. 0 = all that the rank has."""
     seed: int | None = None
     """Of this stage; without one it follows from the seed of the run and the stage's name."""
     inputs: dict[str, str] = field(default_factory=dict)
@@ -216,18 +217,19 @@ class StageConfig:
     """Fields of the stage's own dataclass, which checks them."""
     checkpoint_every: int = 100
     keep: int = 2
-    """Checkpoints that stay on disk."""
+    """Newest checkpoints that stay on disk."""
+    keep_every: int = 0
+    """Checkpoints of steps that are multiples of this stay, too; 0 = none."""
     sample_every: int = 0
     """Steps between sample videos; 0 = none."""
     log_every: int = 10
 
     def __post_init__(self) -> None:
-        require_positive(self, "steps", "batch", "frames", "accumulate")
+        require_positive(self, "steps", "batch", "frames")
         require_positive(self, "checkpoint_every", "keep", "log_every")
-        require(
-            self.sample_every >= 0,
-            f"stages.*.sample_every must not be negative, found {self.sample_every}",
-        )
+        for name in ("micro_batch", "keep_every", "sample_every"):
+            value = getattr(self, name)
+            require(value >= 0, f"stages.*.{name} must not be negative, found {value}")
 
 
 @dataclass
@@ -315,7 +317,14 @@ class TrainerConfig:
     """Processes, devices, precision."""
 
     strategy: str = "single"
+    """`single` process; `ddp`: every rank holds all; `deepspeed`: ranks share by ZeRO."""
     zero_stage: int = 2
+    """What `deepspeed` shards: 0 nothing, 1 optimiser states, 2 gradients, too, 3 all weights, too,
+    those of frozen networks among them."""
+    offload_optimizer: bool = False
+    """Keep masters and optimiser states in host memory; for `deepspeed` above ZeRO-0."""
+    persistent_params: int = 100_000
+    """Under ZeRO-3, parameters with no more elements stay whole on every rank."""
     devices: int = 1
     """Processes per node."""
     num_nodes: int = 1
@@ -325,19 +334,27 @@ class TrainerConfig:
     """CPU threads of each process; 0 leaves the choice to torch."""
 
     def __post_init__(self) -> None:
-        require_choice("trainer.strategy", self.strategy, ("single", "deepspeed"))
+        require_choice("trainer.strategy", self.strategy, ("single", "ddp", "deepspeed"))
         require_choice("trainer.precision", self.precision, ("fp32", "bf16"))
         require_choice("trainer.accelerator", self.accelerator, ("auto", "cpu", "gpu"))
         require_positive(self, "devices", "num_nodes")
         require(
-            self.zero_stage in (0, 1, 2),
-            f"trainer.zero_stage must be 0, 1 or 2, found {self.zero_stage}; "
-            "ZeRO-3 is not supported here",
+            self.zero_stage in (0, 1, 2, 3),
+            f"trainer.zero_stage must be 0, 1, 2 or 3, found {self.zero_stage}",
+        )
+        require(
+            not self.offload_optimizer or (self.strategy == "deepspeed" and self.zero_stage > 0),
+            "trainer.offload_optimizer needs trainer.strategy=deepspeed and trainer.zero_stage "
+            f"above 0, found {self.strategy} and {self.zero_stage}",
+        )
+        require(
+            self.persistent_params >= 0,
+            f"trainer.persistent_params must not be negative, found {self.persistent_params}",
         )
         require(
             self.strategy != "single" or self.devices * self.num_nodes == 1,
             "trainer.strategy=single runs one process, found trainer.devices x trainer.num_nodes = "
-            f"{self.devices * self.num_nodes}; set trainer.strategy=deepspeed",
+            f"{self.devices * self.num_nodes}; set trainer.strategy to ddp or deepspeed",
         )
 
 

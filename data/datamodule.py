@@ -56,6 +56,18 @@ class TargetBatch(LatentBatch):
         return replace(super().to(device), targets=self.targets.to(device))
 
 
+@dataclass
+class SwitchBatch(LatentBatch):
+    """The same with another prompt for each sample, which its video may go on with."""
+
+    next_text: Tensor
+    """Text vectors of some other sample, as `text` [B, T, E]."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """As for any batch."""
+        return replace(super().to(device), next_text=self.next_text.to(device))
+
+
 @dataclass(frozen=True)
 class Sample:
     """One clip of a set of latent shards."""
@@ -124,21 +136,26 @@ class LatentBatches(Dataset[LatentBatch]):
         rank: int,
         world: int,
         targets: TargetSet | None = None,
+        has_next_text: bool = False,
     ) -> None:
         """Keep what the batches follow from.
 
         Args:
             shards: What `encode` wrote.
             plan: The order of the samples.
-            batch_size: Samples per batch and rank.
+            batch_size: Samples per batch, over all ranks; each has an equal share.
             frames: Latent frames per sample.
             rank: Number of this rank.
             world: Number of ranks.
             targets: What a teacher has said of the same shards and frames, for `TargetBatch`es.
+            has_next_text: Whether to make `SwitchBatch`es.
 
         Raises:
             BadShard: If a clip has fewer than `frames` frames.
+            ValueError: If `batch_size` is no multiple of `world`.
         """
+        if batch_size % world:
+            raise ValueError(f"batch_size must be a multiple of {world} ranks, found {batch_size}")
         self.shards = shards
         self.plan = plan
         self.batch_size = batch_size
@@ -146,12 +163,14 @@ class LatentBatches(Dataset[LatentBatch]):
         self.rank = rank
         self.world = world
         self.targets = targets
+        self.has_next_text = has_next_text
         require_frames(shards, frames)
 
     def __getitem__(self, number: int) -> LatentBatch:
-        """Batch number `number` of this rank, counted from the start of the stage."""
-        first = (number * self.world + self.rank) * self.batch_size
-        places = [self.plan.at(first + offset) for offset in range(self.batch_size)]
+        """This rank's share of batch number `number`, counted from the start of the stage."""
+        share = self.batch_size // self.world
+        first = number * self.batch_size + self.rank * share
+        places = [self.plan.at(first + offset) for offset in range(share)]
         samples = [self._window(epoch, index) for epoch, index in places]
         batch = LatentBatch(
             latents=torch.stack([sample.latents for sample in samples]),
@@ -160,10 +179,20 @@ class LatentBatches(Dataset[LatentBatch]):
             seeds=torch.tensor([self.plan.sample_seed(epoch, index) for epoch, index in places]),
             meta=[sample.meta for sample in samples],
         )
+        if self.has_next_text:
+            others = [self._other(epoch, index) for epoch, index in places]
+            texts = [read_sample(self.shards, other).text for other in others]
+            return SwitchBatch(**vars(batch), next_text=torch.stack(texts))
         if self.targets is None:
             return batch
         stored = torch.stack([self.targets.read(index) for _, index in places])
         return TargetBatch(**vars(batch), targets=stored)
+
+    def _other(self, epoch: int, index: int) -> int:
+        """A sample that is not this one, drawn anew in each epoch."""
+        total = self.plan.num_samples
+        step = self.plan.generator("next prompt", epoch, index).integers(1, max(2, total))
+        return (index + int(step)) % total
 
     def _window(self, epoch: int, index: int) -> Sample:
         """A sample, cut to `frames` frames.
@@ -198,12 +227,13 @@ class LatentDataModule(L.LightningDataModule):
         rank: int | None = None,
         world: int | None = None,
         targets: TargetSet | None = None,
+        has_next_text: bool = False,
     ) -> None:
         """Open the shards, so that a damaged set is found before training starts.
 
         Args:
             root: Folder that `encode` wrote.
-            batch_size: Samples per batch and rank.
+            batch_size: Samples per batch, over all ranks; each has an equal share.
             frames: Latent frames per sample; longer clips are cut to a window.
             seed: Fixes order, windows and sample seeds.
             num_batches: The loader ends before this batch.
@@ -213,6 +243,7 @@ class LatentDataModule(L.LightningDataModule):
             rank: Number of this rank; None = the Trainer's, or 0 without one.
             world: Number of ranks; None = the Trainer's, or 1 without one.
             targets: As in `LatentBatches`.
+            has_next_text: The same.
 
         Raises:
             BadShard: If the set is missing or damaged, or a clip is too short.
@@ -229,6 +260,7 @@ class LatentDataModule(L.LightningDataModule):
         self.rank = rank
         self.world = world
         self.targets = targets
+        self.has_next_text = has_next_text
         self.batches()
 
     def batches(self) -> LatentBatches:
@@ -245,6 +277,7 @@ class LatentDataModule(L.LightningDataModule):
             rank=rank,
             world=world,
             targets=self.targets,
+            has_next_text=self.has_next_text,
         )
 
     def train_dataloader(self) -> DataLoader[LatentBatch]:

@@ -204,13 +204,14 @@ def build_stage(config: RunConfig, stage_name: str) -> tuple[Stage, LatentDataMo
         targets = TargetSet(targets_folder(config, stage_name), source)
     datamodule = LatentDataModule(
         latents_folder(config),
-        batch_size=settings.batch * settings.accumulate,
+        batch_size=settings.batch,
         frames=settings.frames,
         seed=stage.seed,
         workers=config.data.workers,
         window_shards=config.data.window_shards,
         num_batches=settings.steps,
         targets=targets,
+        has_next_text=isinstance(stage, Streaming) and stage.params.switch_chance > 0,
     )
     return stage, datamodule
 
@@ -250,7 +251,10 @@ def run_stage(config: RunConfig, stage_name: str) -> None:
             engine = stage.engine(name)
             weights[stem] = engine.weights(ema=engine.settings.ema > 0)
         else:
-            weights[stem] = dict(stage.frozen[name].state_dict())
+            # From its export: the stage's own copy may be spread over ranks.
+            sources = stage.frozen_sources[name]
+            network = _build_network(config, stage_name, name, sources, exports)
+            weights[stem] = dict(network.state_dict())
     if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return
     write_export(

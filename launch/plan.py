@@ -207,7 +207,6 @@ def _stage_step(config: RunConfig, name: str) -> Step:
         "head": config.head,
         "window_shards": config.data.window_shards,
         "precision": config.trainer.precision,
-        "ranks": config.trainer.devices * config.trainer.num_nodes,
     }
     return Step(
         name=name,

@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
@@ -18,15 +19,20 @@ from tqdm import tqdm
 from configs.schema import TrackingConfig
 from data.video import VideoWriter
 from train import checkpoint
+from train.checkpoint import Shelf
 from train.randomness import derive_seed, seed_generators
-from train.ranks import on_any_rank, rank
+from train.ranks import host_group, on_any_rank, rank
+from train.restore import restore, restore_random
 from train.stage import Stage
 from train.tracking import JsonlLogger, build_wandb
+from train.writer import CheckpointWriter
 
 LINE_SECONDS = 10.0
 """Between two lines of progress where standard error is no terminal."""
 SAMPLE_HEIGHT = 192
 """Pixels to which the height of small sample videos is brought, or a little less."""
+FINISH_SECONDS = 30.0
+"""That an error waits for a checkpoint that is being written."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -72,20 +78,21 @@ class Checkpoints(L.Callback):
         stopped: Whether a signal ended training before its last step.
     """
 
-    def __init__(self, folder: Path, *, every: int, keep: int, signals: StopSignals) -> None:
-        self.folder = folder
+    def __init__(self, shelf: Shelf, *, every: int, signals: StopSignals) -> None:
+        self.shelf = shelf
         self.every = every
-        self.keep = keep
         self.signals = signals
         self.stopped = False
+        self._writer = CheckpointWriter(shelf)
         self._resumed: Path | None = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Continue from the newest whole checkpoint; the engines are built by now."""
         assert isinstance(pl_module, Stage)
-        self._resumed = checkpoint.newest_whole(self.folder)
+        self._writer = CheckpointWriter(replace(self.shelf, group=host_group()))
+        self._resumed = checkpoint.newest_whole(self.shelf.folder)
         if self._resumed is not None:
-            checkpoint.restore(pl_module, self._resumed)
+            restore(pl_module, self._resumed)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the signals over from Lightning, whose own handlers run collectives."""
@@ -101,7 +108,7 @@ class Checkpoints(L.Callback):
         if self._resumed is None:
             seed_generators(derive_seed(pl_module.seed, "rank", rank()))
         else:
-            checkpoint.restore_random(self._resumed)
+            restore_random(pl_module, self._resumed)
 
     def on_train_batch_end(
         self,
@@ -111,21 +118,32 @@ class Checkpoints(L.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Write if it is time or if a rank was asked to stop."""
+        """Start to write if it is time or if a rank was asked to stop."""
         assert isinstance(pl_module, Stage)
-        stop = on_any_rank(self.signals.received is not None, device=pl_module.device)
+        flags = (self.signals.received is not None, self._writer.has_failed)
+        stop, failed = on_any_rank(*flags, device=pl_module.device)
+        if failed:
+            self._writer.wait()
         finished = pl_module.completed >= pl_module.config.steps
         if stop or finished or pl_module.completed % self.every == 0:
             self._write(trainer, pl_module)
+        if stop or finished:
+            self._writer.wait()
         if stop and not finished:
             self.stopped = True
             trainer.should_stop = True
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Let a checkpoint that is being written become whole."""
+        self._writer.join(FINISH_SECONDS)
 
     def _write(self, trainer: L.Trainer, stage: Stage) -> None:
         for logger in trainer.loggers:
             if isinstance(logger, JsonlLogger):
                 logger.save()
-        checkpoint.write(stage.snapshot(), self.folder, keep=self.keep)
+        self._writer.start(stage.snapshot())
 
 
 class Records(L.Callback):

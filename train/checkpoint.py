@@ -2,11 +2,13 @@
 
     checkpoints/
       step-00000100/            appears by one rename
-        rank-00000.safetensors  every tensor that the rank holds
+        rank-00000.safetensors  every tensor that the rank holds; which parameters its masters are
+                                made of stands in the header
         COMPLETE.json           written last: description and the hash of every other file
       newest                    name of the newest folder, for people; `newest_whole` scans
 
 A folder without COMPLETE.json, or with a name that ends in `.part`, is not a checkpoint.
+`train.restore` reads them.
 """
 
 import hashlib
@@ -14,27 +16,30 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from configs.errors import UserError
 from configs.load import config_hash
-from train.randomness import GENERATORS, generator_states, set_generator_states
-from train.ranks import barrier, gather_objects, rank, world_size
+from train.engine import Piece
+from train.randomness import generator_states
+from train.ranks import gather_objects, rank, world_size
 
 if TYPE_CHECKING:
     from train.stage import Stage
 
 MARKER = "COMPLETE.json"
 POINTER = "newest"
+LAYOUTS = "layouts"
 PART = ".part"
 
 Result = TypeVar("Result")
@@ -50,10 +55,12 @@ class Snapshot:
 
     Attributes:
         tensors: Copies in host memory.
+        layouts: What the masters among them are made of: `train.engine.Piece`s by engine.
         meta: The rest, as JSON.
     """
 
     tensors: dict[str, Tensor]
+    layouts: dict[str, list[Piece]]
     meta: dict[str, Any]
 
     @property
@@ -64,14 +71,17 @@ class Snapshot:
 
 def capture(stage: "Stage") -> Snapshot:
     """Copy the whole state of `stage` on this rank: engines, its own tensors, RNG, counters."""
-    tensors = {
-        f"engine.{name}.{key}": _copy(value)
+    held = {
+        f"engine.{name}.{key}": value
         for name, engine in stage.engines.items()
         for key, value in engine.shard_state().items()
     }
-    tensors |= {f"extra.{key}": _copy(value) for key, value in stage.extra_state().items()}
+    held |= {f"extra.{key}": value for key, value in stage.extra_state().items()}
     words, random_meta = generator_states()
-    tensors |= {f"random.{name}": value for name, value in words.items()}
+    held |= {f"random.{name}": value for name, value in words.items()}
+    tensors = {key: _start_copy(value) for key, value in held.items()}
+    if any(value.is_cuda for value in held.values()):
+        torch.cuda.synchronize()
     meta = {
         "step": stage.completed,
         "counters": dict(stage.counters),
@@ -83,17 +93,36 @@ def capture(stage: "Stage") -> Snapshot:
         "versions": {name: _version(name) for name in ("pafukv", "torch", "lightning")},
         "random": random_meta,
     }
+    layouts = {
+        name: engine.layout() for name, engine in stage.engines.items() if engine.is_written_here
+    }
     # Through JSON at once: later changes of the stage must not reach the snapshot.
-    return Snapshot(tensors, json.loads(json.dumps(meta)))
+    return Snapshot(tensors, layouts, json.loads(json.dumps(meta)))
 
 
-def write(snapshot: Snapshot, folder: Path, *, keep: int) -> Path:
+@dataclass(frozen=True)
+class Shelf:
+    """Where the checkpoints of a stage lie, and which ones stay.
+
+    Attributes:
+        folder: Of all checkpoints of the stage.
+        keep: Newest whole checkpoints that stay.
+        keep_every: Those of steps that are multiples of it stay, too; 0 = none.
+        group: That ranks agree in, see `train.ranks.gather_objects`.
+    """
+
+    folder: Path
+    keep: int = 1
+    keep_every: int = 0
+    group: Any = None
+
+
+def write(snapshot: Snapshot, shelf: Shelf) -> Path:
     """Write a checkpoint of all ranks; every rank calls this with its own snapshot.
 
     Args:
         snapshot: Of this rank; all ranks' are of the same step.
-        folder: Of all checkpoints of the stage.
-        keep: Whole checkpoints that stay, this one among them.
+        shelf: Where it goes.
 
     Returns:
         The new folder. If one of the same step exists it is kept as it is.
@@ -101,50 +130,18 @@ def write(snapshot: Snapshot, folder: Path, *, keep: int) -> Path:
     Raises:
         CheckpointError: If a rank cannot write; checkpoints that exist stay as they are.
     """
-    final = folder / f"step-{snapshot.step:08d}"
+    final = shelf.folder / f"step-{snapshot.step:08d}"
     part = final.with_name(final.name + PART)
-    if _together(lambda: _prepare(final, part), part)[0]:
+
+    def together(action: Callable[[], Result], *, by_all: bool = True) -> list[Result]:
+        return _together(action, part, shelf.group, by_all=by_all)
+
+    if together(lambda: _prepare(final, part), by_all=False)[0]:
         return final
-    ranks = _together(lambda: _write_rank(snapshot, part), part)
-    _together(lambda: _finish(snapshot, ranks, final) if rank() == 0 else None, part)
-    _together(lambda: _prune(folder, keep=keep) if rank() == 0 else None, part)
+    ranks = together(lambda: _write_rank(snapshot, part))
+    together(lambda: _finish(snapshot, ranks, final), by_all=False)
+    together(lambda: _prune(shelf), by_all=False)
     return final
-
-
-def restore(stage: "Stage", folder: Path) -> int:
-    """Bring `stage`, whose engines exist, to the state in the checkpoint `folder`.
-
-    The global random generators are left alone: see `restore_random`.
-
-    Returns:
-        The number of steps that are done.
-
-    Raises:
-        CheckpointError: If the checkpoint is damaged or belongs to another stage, another
-            configuration or another number of processes.
-    """
-    described = read_marker(folder)
-    _check_fits(stage, described, folder)
-    entry = described["ranks"][rank()]
-    meta, tensors = entry["meta"], _read_rank(folder, entry)
-    try:
-        for name, engine in stage.engines.items():
-            engine.load_shard_state(_below(tensors, f"engine.{name}."))
-    except ValueError as error:
-        raise CheckpointError(f"{folder} does not fit this run: {error}") from error
-    stage.load_extra_state(_below(tensors, "extra."))
-    stage.completed = int(meta["step"])
-    stage.counters = {key: int(value) for key, value in meta["counters"].items()}
-    stage.metrics.load_state(meta["metrics"])
-    return stage.completed
-
-
-def restore_random(folder: Path) -> None:
-    """Set the global generators of this rank to their state in the checkpoint `folder`."""
-    entry = read_marker(folder)["ranks"][rank()]
-    with safetensors.safe_open(folder / entry["file"], framework="pt") as file:
-        words = {name: file.get_tensor(f"random.{name}") for name in GENERATORS}
-    set_generator_states(words, entry["meta"]["random"])
 
 
 def newest_whole(folder: Path) -> Path | None:
@@ -175,14 +172,24 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def _together(action: Callable[[], Result], part: Path) -> list[Result]:
-    """Run `action` on every rank; its results by rank, or one error on all ranks if any fails."""
-    result, failure = None, ""
+def _together(
+    action: Callable[[], Result], part: Path, group: Any, *, by_all: bool
+) -> list[Result]:
+    """Run `action` on every rank, or on rank 0.
+
+    Returns:
+        The results by rank.
+
+    Raises:
+        CheckpointError: On all ranks, if it fails on any.
+    """
+    outcome: Any = None
+    failure = ""
     try:
-        result = action()
+        outcome = action() if by_all or rank() == 0 else None
     except (OSError, SafetensorError) as error:
         failure = f"rank {rank()}: {error}"
-    outcomes = gather_objects((result, failure))
+    outcomes = gather_objects((outcome, failure), group)
     failures = [failure for _, failure in outcomes if failure]
     if failures:
         if rank() == 0:
@@ -193,27 +200,29 @@ def _together(action: Callable[[], Result], part: Path) -> list[Result]:
             f"({'; '.join(failures)}); {'free space on that disk' if full else 'see to the cause'} "
             "and start again: training continues from the newest whole checkpoint"
         )
-    return [result for result, _ in outcomes]
+    return [outcome for outcome, _ in outcomes]
 
 
 def _prepare(final: Path, part: Path) -> bool:
-    """Whether the checkpoint exists; if not, rank 0 makes an empty folder for it."""
+    """Whether the checkpoint exists; if not, make an empty folder for it."""
     exists = (final / MARKER).exists()
-    if rank() == 0 and not exists:
+    if not exists:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-    barrier()
     return exists
 
 
 def _write_rank(snapshot: Snapshot, part: Path) -> dict[str, Any]:
     path = part / f"rank-{rank():05d}.safetensors"
-    safetensors.torch.save_file(snapshot.tensors, path)
+    layouts = {
+        name: [astuple(piece) for piece in pieces] for name, pieces in snapshot.layouts.items()
+    }
+    safetensors.torch.save_file(snapshot.tensors, path, {LAYOUTS: json.dumps(layouts)})
     _fsync(path)
     return {
         "file": path.name,
         "bytes": path.stat().st_size,
-        "sha256": _sha256(path),
+        "sha256": sha256(path),
         "meta": snapshot.meta,
     }
 
@@ -239,12 +248,14 @@ def _finish(snapshot: Snapshot, ranks: list[dict[str, Any]], final: Path) -> Non
     temporary.replace(final.parent / POINTER)
 
 
-def _prune(folder: Path, *, keep: int) -> None:
-    """Remove all but the newest `keep` whole checkpoints, and what killed runs left behind."""
-    for old in _whole(folder)[:-keep]:
+def _prune(shelf: Shelf) -> None:
+    """Remove the whole checkpoints that shall not stay, and what killed runs left behind."""
+    for old in _whole(shelf.folder)[: -shelf.keep]:
+        if shelf.keep_every and step_of(old) % shelf.keep_every == 0:
+            continue
         # Under the unfinished name first: killed in between, nothing half looks whole.
         old.rename(old.with_name(old.name + PART))
-    for left in folder.glob(f"step-*{PART}"):
+    for left in shelf.folder.glob(f"step-*{PART}"):
         shutil.rmtree(left)
 
 
@@ -253,54 +264,10 @@ def _whole(folder: Path) -> list[Path]:
     return sorted((path for path in named if (path / MARKER).is_file()), key=step_of)
 
 
-def _check_fits(stage: "Stage", described: Mapping[str, Any], folder: Path) -> None:
-    if described["identity_hash"] != config_hash(stage.identity):
-        own = json.loads(json.dumps(stage.identity))
-        differing = _differences(described["identity"], own)
-        raise CheckpointError(
-            f"{folder} must come from the configuration of this run; other values: "
-            f"{'; '.join(differing)}; set them back, or remove the stage's folder to start it anew"
-        )
-    if described["world_size"] != world_size():
-        raise CheckpointError(
-            f"{folder} must be continued by as many processes as wrote it, "
-            f"{described['world_size']}, found {world_size()}; start that many"
-        )
-
-
-def _differences(saved: Any, own: Any, key: str = "") -> list[str]:
-    """`key: saved value -> own value` for every leaf that differs."""
-    if isinstance(saved, dict) and isinstance(own, dict):
-        names = list(saved) + [name for name in own if name not in saved]
-        return [
-            line
-            for name in names
-            for line in _differences(
-                saved.get(name), own.get(name), f"{key}.{name}" if key else str(name)
-            )
-        ]
-    return [] if saved == own else [f"{key}: {saved!r} in the checkpoint, {own!r} now"]
-
-
-def _read_rank(folder: Path, entry: Mapping[str, Any]) -> dict[str, Tensor]:
-    path = folder / entry["file"]
-    if not path.is_file() or _sha256(path) != entry["sha256"]:
-        raise CheckpointError(
-            f"{path} must be the file that {MARKER} describes ({entry['bytes']} bytes, SHA-256 "
-            f"{entry['sha256'][:12]}...), it is damaged or missing; delete {folder} to continue "
-            "from the checkpoint before"
-        )
-    return safetensors.torch.load_file(path)
-
-
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {
-        key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
-    }
-
-
-def _copy(value: Tensor) -> Tensor:
-    return value.detach().to("cpu", copy=True).contiguous()
+def _start_copy(value: Tensor) -> Tensor:
+    """A copy in host memory; from a GPU it is whole only after a synchronisation."""
+    target = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+    return target.copy_(value.detach(), non_blocking=True)
 
 
 @cache
@@ -311,7 +278,8 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -5,14 +5,19 @@ Stages talk to engines only, so that the strategy below them can change.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from configs.schema import OptimConfig
+from train.ranks import rank
+
+EMA_VERSION = 1
+"""Of the way in which averages are kept: a blend towards the float32 masters after each step."""
 
 
 class NonFiniteGradientError(RuntimeError):
@@ -25,6 +30,25 @@ class EngineSpec:
 
     module: nn.Module
     optim: OptimConfig | None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some consecutive elements of a parameter, and where they lie in the masters of a rank.
+
+    Attributes:
+        name: Of the parameter.
+        start: First element, of the flattened parameter.
+        length: Number of elements.
+        master: Number of the master.
+        offset: Place of the first element in the flattened master.
+    """
+
+    name: str
+    start: int
+    length: int
+    master: int
+    offset: int
 
 
 def build_optimizer(
@@ -72,13 +96,25 @@ class Engine(ABC):
         """The forward pass of the network."""
 
     @abstractmethod
-    def backward(self, loss: Tensor, *, last: bool = True) -> None:
-        """Add the gradient of `loss`, which is already divided by the number of micro-batches.
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of `loss`, which is already divided by the number of micro-batches."""
+
+    @abstractmethod
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
+        """Around the forward and backward passes of one micro-batch.
 
         Args:
-            loss: A scalar.
-            last: Whether this is the last micro-batch before `step`.
+            last: Whether it is the last one before `step`; ranks need to agree only then.
         """
+
+    @abstractmethod
+    def layout(self) -> list[Piece]:
+        """What the masters of this rank are made of; padding is left out."""
+
+    @property
+    @abstractmethod
+    def is_written_here(self) -> bool:
+        """Whether a checkpoint takes this rank's masters, or those of another that are the same."""
 
     @abstractmethod
     def _update(self) -> float:
@@ -116,9 +152,9 @@ class Engine(ABC):
         return norm
 
     def weights(self, ema: bool = False) -> dict[str, Tensor]:
-        """The whole state dict of the network as float32 copies on the CPU.
+        """The whole state dict of the network as float32 copies on the CPU, on rank 0.
 
-        All ranks must call this together.
+        All ranks must call this together; the others get an empty dictionary.
 
         Args:
             ema: Whether to return the moving average of the parameters in their place.
@@ -139,49 +175,44 @@ class Engine(ABC):
     def shard_state(self) -> dict[str, Tensor]:
         """Everything exact that this rank holds of the network: references, not copies.
 
-        Masters, moments and step counters of AdamW, moving average, buffers of the module.
+        Masters, moments and step counters of AdamW, moving average, buffers of the module; flat,
+        but for buffers. Empty if not `is_written_here`.
         """
-        state = {f"master.{i}": master for i, master in enumerate(self._masters())}
+        if not self.is_written_here:
+            return {}
+        state = {f"master.{i}": master.flatten() for i, master in enumerate(self._masters())}
         for i, master in enumerate(self._masters()):
             for key, value in self.optimizer.state[master].items():
-                state[f"{key}.{i}"] = value
-        state |= {f"ema.{i}": average for i, average in enumerate(self._ema)}
+                state[f"{key}.{i}"] = value.flatten()
+        if self._ema:
+            state |= {f"ema.{i}": average.flatten() for i, average in enumerate(self._ema)}
+            state["ema_version"] = torch.tensor([EMA_VERSION])
         return state | {f"buffer.{key}": buffer for key, buffer in self._buffers()}
 
     @torch.no_grad()
     def load_shard_state(self, state: Mapping[str, Tensor]) -> None:
-        """Bring back what `shard_state` of the same rank returned, bit for bit.
+        """Take in what `train.restore.assemble` made for this rank, bit for bit.
 
-        Raises:
-            ValueError: If a tensor is missing, left over, or of another shape.
+        Args:
+            state: Like `shard_state`: everything in `held_tensors`, and moments if there are any.
         """
-        expected = {f"master.{i}": master for i, master in enumerate(self._masters())}
-        expected |= {f"ema.{i}": average for i, average in enumerate(self._ema)}
-        expected |= {f"buffer.{key}": buffer for key, buffer in self._buffers()}
-        moments: dict[int, dict[str, Tensor]] = {}
-        for key, value in state.items():
-            if key in expected:
-                _check_shape(f"{self.name}/{key}", value, expected[key])
-                continue
-            kind, _, number = key.rpartition(".")
-            if kind not in ("step", "exp_avg", "exp_avg_sq"):
-                raise ValueError(f"{self.name}/{key} must be a tensor of this engine, it is not")
-            moments.setdefault(int(number), {})[kind] = value
-        missing = sorted(expected.keys() - state.keys())
-        if missing:
-            raise ValueError(f"the state of {self.name} must hold {missing}, they are missing")
-        for key, tensor in expected.items():
-            tensor.copy_(state[key])
-        self._load_moments(moments)
+        for key, tensor in self.held_tensors().items():
+            tensor.copy_(state[key].view_as(tensor))
+        for i, master in enumerate(self._masters()):
+            own = self.optimizer.state[master]
+            own.clear()
+            if "exp_avg.0" in state:
+                # AdamW counts its steps in a tensor on the CPU.
+                own["step"] = state[f"step.{i}"].reshape(()).clone()
+                for kind in ("exp_avg", "exp_avg_sq"):
+                    own[kind] = state[f"{kind}.{i}"].view_as(master).clone().to(master.device)
         self._masters_changed()
 
-    def _load_moments(self, moments: dict[int, dict[str, Tensor]]) -> None:
-        for i, master in enumerate(self._masters()):
-            self.optimizer.state[master].clear()
-            for kind, value in moments.get(i, {}).items():
-                # AdamW counts its steps in a tensor on the CPU.
-                target = "cpu" if kind == "step" else master.device
-                self.optimizer.state[master][kind] = value.detach().clone().to(target)
+    def held_tensors(self) -> dict[str, Tensor]:
+        """Masters, moving average and buffers of this rank, by their keys in `shard_state`."""
+        held = {f"master.{i}": master for i, master in enumerate(self._masters())}
+        held |= {f"ema.{i}": average for i, average in enumerate(self._ema)}
+        return held | {f"buffer.{key}": buffer for key, buffer in self._buffers()}
 
     def _start_average(self) -> None:
         if self.settings.ema > 0:
@@ -197,21 +228,24 @@ class Engine(ABC):
                 yield key, value
 
     def _state_copy(self) -> dict[str, Tensor]:
+        if rank() != 0:
+            return {}
         return {key: host_copy(value) for key, value in self.module.state_dict().items()}
 
     @contextmanager
     def _average_swapped_in(self) -> Iterator[None]:
-        own = [master.detach().clone() for master in self._masters()]
-        self._set_masters(self._ema)
+        self._exchange_average()
         try:
             yield
         finally:
-            self._set_masters(own)
+            self._exchange_average()
 
     @torch.no_grad()
-    def _set_masters(self, values: list[Tensor]) -> None:
-        for master, value in zip(self._masters(), values, strict=True):
-            master.copy_(value)
+    def _exchange_average(self) -> None:
+        for master, average in zip(self._masters(), self._ema, strict=True):
+            own = master.detach().clone()
+            master.copy_(average)
+            average.copy_(own)
         self._masters_changed()
 
     def _check_finite(self, norm: float) -> float:
@@ -240,9 +274,22 @@ class SingleEngine(Engine):
         """The forward pass of the network."""
         return self.module(*args, **kwargs)
 
-    def backward(self, loss: Tensor, *, last: bool = True) -> None:
+    def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss`."""
         loss.backward()
+
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
+        """Nothing to prepare."""
+        return nullcontext()
+
+    def layout(self) -> list[Piece]:
+        """Every parameter whole."""
+        return whole_parameters(self.module)
+
+    @property
+    def is_written_here(self) -> bool:
+        """Rank 0's are taken: all ranks hold the same."""
+        return rank() == 0
 
     def _masters_changed(self) -> None:
         """Nothing: the masters are the parameters."""
@@ -261,24 +308,40 @@ class SingleEngine(Engine):
         return length
 
 
-def build_single_engines(specs: Mapping[str, EngineSpec]) -> dict[str, Engine]:
-    """A `SingleEngine` for every network of `specs` that is trained."""
+class ReplicatedEngine(SingleEngine):
+    """A network that every rank holds whole; ranks average their gradients (DDP)."""
+
+    def __init__(self, name: str, module: nn.Module, settings: OptimConfig) -> None:
+        super().__init__(name, module, settings)
+        self._wrapped = DistributedDataParallel(module, broadcast_buffers=False)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward pass of the network."""
+        return self._wrapped(*args, **kwargs)
+
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
+        """Gradients are averaged in the last one."""
+        return nullcontext() if last else self._wrapped.no_sync()
+
+
+def build_engines(
+    specs: Mapping[str, EngineSpec], engine_type: type[SingleEngine]
+) -> dict[str, Engine]:
+    """An engine for every network of `specs` that is trained."""
     return {
-        name: SingleEngine(name, spec.module, spec.optim)
+        name: engine_type(name, spec.module, spec.optim)
         for name, spec in specs.items()
         if spec.optim is not None
     }
+
+
+def whole_parameters(module: nn.Module) -> list[Piece]:
+    """The layout of masters that are the trainable parameters themselves."""
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    return [Piece(name, 0, p.numel(), number, 0) for number, (name, p) in enumerate(named)]
 
 
 def host_copy(value: Tensor) -> Tensor:
     """A contiguous copy on the CPU, in float32 where `value` is of a floating type."""
     dtype = torch.float32 if value.is_floating_point() else value.dtype
     return value.detach().to("cpu", dtype, copy=True).contiguous()
-
-
-def _check_shape(name: str, found: Tensor, expected: Tensor) -> None:
-    if found.shape != expected.shape or found.dtype != expected.dtype:
-        raise ValueError(
-            f"{name} must be {expected.dtype} of shape {tuple(expected.shape)}, "
-            f"found {found.dtype} of shape {tuple(found.shape)}"
-        )

@@ -100,12 +100,8 @@ def fit(
     done = checkpoint.step_of(newest) if newest is not None else 0
     datamodule.start_batch = done  # type: ignore[attr-defined]
     signals = StopSignals()
-    checkpoints = Checkpoints(
-        folder / CHECKPOINTS,
-        every=stage.config.checkpoint_every,
-        keep=stage.config.keep,
-        signals=signals,
-    )
+    shelf = checkpoint.Shelf(folder / CHECKPOINTS, stage.config.keep, stage.config.keep_every)
+    checkpoints = Checkpoints(shelf, every=stage.config.checkpoint_every, signals=signals)
     callbacks: list[L.Callback] = []
     if decode is not None and stage.config.sample_every > 0:
         every = stage.config.sample_every
@@ -155,10 +151,10 @@ def identity(config: RunConfig, stage_name: str, *, seed: int) -> dict[str, Any]
         if key not in FREE_STAGE_KEYS
     }
     sections = ("source", "codec", "text", "data", "model", "head")
-    trainer = {key: whole["trainer"][key] for key in ("strategy", "zero_stage", "precision")}
     shared = {key: whole[key] for key in sections}
     del shared["data"]["workers"]  # who reads a sample does not change it
-    return {"name": stage_name, "seed": seed, "stage": stage, "trainer": trainer} | shared
+    own = {"name": stage_name, "seed": seed, "stage": stage}
+    return own | {"precision": whole["trainer"]["precision"]} | shared
 
 
 def prepare_process(config: RunConfig) -> None:

@@ -1,5 +1,6 @@
 """Stage `salience`: the S-MLP learns the teacher's salience from the student's clean pass."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -200,6 +201,6 @@ class SalienceStage(Stage):
         """Targets gathered so far, where the statistics are not made yet."""
         return {"gathered": torch.cat(self.gathered, dim=1)} if self.gathered else {}
 
-    def load_extra_state(self, state: dict[str, Tensor]) -> None:
+    def load_extra_state(self, states: Sequence[dict[str, Tensor]]) -> None:
         """Counterpart of `extra_state`."""
-        self.gathered = [state["gathered"]] if "gathered" in state else []
+        self.gathered = [state["gathered"] for state in states if "gathered" in state]

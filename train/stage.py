@@ -149,9 +149,15 @@ class Stage(L.LightningModule):
         """Tensors beyond engines and counters that this rank needs to continue exactly."""
         return {}
 
-    def load_extra_state(self, state: dict[str, Tensor]) -> None:
-        """Bring back what `extra_state` returned."""
-        assert not state, f"{type(self).__name__} saves extra state, so it must load it"
+    def load_extra_state(self, states: Sequence[dict[str, Tensor]]) -> None:
+        """Bring back what `extra_state` returned.
+
+        Args:
+            states: This rank's own; on another number of ranks, those of the ranks that it stands
+                for, several or none.
+        """
+        saved = any(states)
+        assert not saved, f"{type(self).__name__} saves extra state, so it must load it"
 
     def mark_restart_point(self) -> None:
         """Copy the state of this moment, for stages with `restarts_at_snapshot`.
@@ -178,8 +184,9 @@ class Stage(L.LightningModule):
         return settings.lr * (settings.floor + (1 - settings.floor) * cosine)
 
     def micro_batches(self, batch: Any) -> list[Any]:
-        """`batch` in `config.accumulate` equal parts along its first axis."""
-        return list(split_batch(batch, self.config.accumulate))
+        """This rank's share of a batch in equal parts of `config.micro_batch` samples."""
+        share = rank_share(self.config, world_size())
+        return list(split_batch(batch, share // (self.config.micro_batch or share)))
 
     def optimise(
         self, name: str, loss: Callable[[Any], Tensor], parts: Sequence[Any]
@@ -190,7 +197,7 @@ class Stage(L.LightningModule):
             name: Of the engine.
             loss: From a part to a scalar, the mean over the part; a part's graph is gone before
                 the next part's is built.
-            parts: `config.accumulate` of them, equal in size, such as `micro_batches(batch)`.
+            parts: of equal size, such as `micro_batches(batch)`.
 
         Returns:
             What to report: `loss/<name>`, the mean over the parts; `grad_norm/<name>`, the norm
@@ -199,8 +206,9 @@ class Stage(L.LightningModule):
         engine, count = self.engines[name], len(parts)
         total: Tensor | float = 0.0
         for number, part in enumerate(parts, start=1):
-            value = loss(part) / count
-            engine.backward(value, last=number == count)
+            with engine.micro_batch(last=number == count):
+                value = loss(part) / count
+                engine.backward(value)
             total = total + value.detach()
         rate = self.lr(name, self.completed)
         return {
@@ -221,11 +229,10 @@ class Stage(L.LightningModule):
             reported = self.update(batch, self.completed)
         self.completed += 1
         self._last_end = time.perf_counter()
-        samples = self.config.batch * self.config.accumulate * world_size()
         clocks = {
             "step_seconds": self._last_end - start,
             "wait_seconds": waited,
-            "samples_per_second": samples / (self._last_end - start + waited),
+            "samples_per_second": self.config.batch / (self._last_end - start + waited),
         }
         values = {key: float(value) for key, value in reported.items()}
         self.metrics.add(values | clocks)
@@ -240,6 +247,21 @@ class Stage(L.LightningModule):
         row = self.metrics.close()
         for logger in self.trainer.loggers:
             logger.log_metrics(row, step=self.completed)
+
+
+def rank_share(config: StageConfig, world: int) -> int:
+    """Samples of one step that each rank sees.
+
+    Raises:
+        ConfigError: If a step cannot be shared out among `world` ranks in whole micro-batches.
+    """
+    unit = world * max(1, config.micro_batch)
+    if config.batch % unit:
+        raise ConfigError(
+            f"batch of a {config.kind!r} stage must be a multiple of ranks x micro_batch = {world} "
+            f"x {max(1, config.micro_batch)}, found {config.batch}; change one of the three"
+        )
+    return config.batch // world
 
 
 def split_batch(batch: Any, count: int) -> Iterator[Any]:

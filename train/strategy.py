@@ -1,13 +1,14 @@
-"""How engines are spread over processes: one process, or DeepSpeed ZeRO over many.
+"""How engines are spread over processes: one process, DDP, or DeepSpeed ZeRO over many.
 
 The only file that knows DeepSpeed, and it imports it only where a DeepSpeed strategy is built.
-Weights stay float32 in both; bfloat16 is autocast.
+Weights stay float32 everywhere; bfloat16 is autocast.
 """
 
 import argparse
 import atexit
 import logging
 import os
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,11 +16,26 @@ from lightning.fabric.utilities.distributed import _destroy_dist_connection
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.strategies import DeepSpeedStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
 from torch import Tensor, nn
 
 from configs.schema import OptimConfig, TrainerConfig
-from train.engine import Engine, build_optimizer, build_single_engines
+from train.engine import (
+    Engine,
+    Piece,
+    ReplicatedEngine,
+    SingleEngine,
+    build_engines,
+    build_optimizer,
+    host_copy,
+    whole_parameters,
+)
+from train.ranks import rank
 from train.stage import Stage
 
 
@@ -34,9 +50,11 @@ def build_strategy(config: TrainerConfig) -> Strategy:
     """The Lightning strategy that `config` describes."""
     if config.strategy == "single":
         return SingleStrategy(torch.device("cuda", 0) if uses_gpu(config) else torch.device("cpu"))
+    if config.strategy == "ddp":
+        return ReplicatedStrategy()
     if not uses_gpu(config):
         os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
-    return DeepSpeedEngines(zero_stage=config.zero_stage, bf16=config.precision == "bf16")
+    return DeepSpeedEngines(config)
 
 
 class SingleStrategy(SingleDeviceStrategy):
@@ -44,30 +62,50 @@ class SingleStrategy(SingleDeviceStrategy):
 
     def setup_optimizers(self, trainer: Trainer) -> None:
         """Build the engines of the stage; Lightning sees no optimiser."""
-        stage = self.lightning_module
-        assert isinstance(stage, Stage)
-        self.optimizers = []
-        self.lr_scheduler_configs = []
-        stage.engines = build_single_engines(stage.engine_specs())
+        stage = _bare_stage(self)
+        stage.engines = build_engines(stage.engine_specs(), SingleEngine)
+
+
+class ReplicatedStrategy(DDPStrategy):
+    """Every rank holds every network whole, and its optimiser; ranks average their gradients."""
+
+    def setup(self, trainer: Trainer) -> None:
+        """Move all networks to the device and build the engines; Lightning sees no optimiser."""
+        stage = _bare_stage(self)
+        assert self.accelerator is not None
+        self.accelerator.setup(trainer)
+        stage.to(self.root_device)
+        stage.engines = build_engines(stage.engine_specs(), ReplicatedEngine)
+
+    def teardown(self) -> None:
+        """Leave the networks on their device, for `Engine.weights`."""
+        if self.cluster_environment is not None:
+            self.cluster_environment.teardown()
 
 
 class DeepSpeedEngines(DeepSpeedStrategy):
-    """One DeepSpeed engine per trainable network, ZeRO 0 to 2, on CPU with gloo or on CUDA.
+    """One DeepSpeed engine per trainable network, ZeRO 0 to 3, on CPU with gloo or on CUDA.
 
     The stage itself is not wrapped: its `update` runs as it is and calls the engines. Several
     engines in place of one are exact where one is not: clipping, moments and gradients of a
-    network that sits out a step stay untouched.
+    network that sits out a step stay untouched. Under ZeRO-3, frozen networks are sharded, too.
     """
 
-    def __init__(self, *, zero_stage: int, bf16: bool) -> None:
+    def __init__(self, settings: TrainerConfig) -> None:
+        zero: dict[str, Any] = {"stage": settings.zero_stage}
+        if settings.zero_stage == 3:
+            zero["stage3_param_persistence_threshold"] = settings.persistent_params
+        if settings.offload_optimizer:
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": uses_gpu(settings)}
         config = {
             "train_micro_batch_size_per_gpu": 1,  # only a label: batches are counted in Stage
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
-            "zero_optimization": {"stage": zero_stage},
-            "torch_autocast": {"enabled": bf16, "dtype": "bfloat16"},
+            "zero_optimization": zero,
+            "torch_autocast": {"enabled": settings.precision == "bf16", "dtype": "bfloat16"},
         }
         super().__init__(config=config, logging_level=logging.WARNING)
+        self._settings = settings
 
     def setup_environment(self) -> None:
         """As Lightning does, but also on a CPU, which it refuses."""
@@ -96,18 +134,15 @@ class DeepSpeedEngines(DeepSpeedStrategy):
 
     def setup(self, trainer: Trainer) -> None:
         """Move all networks to the device and build the engines; Lightning sees no optimiser."""
-        stage = self.lightning_module
-        assert isinstance(stage, Stage)
+        stage = _bare_stage(self)
         assert self.accelerator is not None
         self.accelerator.setup(trainer)
         stage.to(self.root_device)
-        self.optimizers = []
-        self.lr_scheduler_configs = []
-        stage.engines = {
-            name: self._build_engine(name, spec.module, spec.optim)
-            for name, spec in stage.engine_specs().items()
-            if spec.optim is not None
-        }
+        for name, spec in stage.engine_specs().items():
+            if spec.optim is not None:
+                stage.engines[name] = self._build_engine(name, spec.module, spec.optim)
+            elif self._settings.zero_stage == 3 and self._is_large(spec.module):
+                self._start(spec.module, self._config(clip=0.0), None)
         self.barrier()
 
     def teardown(self) -> None:
@@ -115,39 +150,51 @@ class DeepSpeedEngines(DeepSpeedStrategy):
         if self.cluster_environment is not None:
             self.cluster_environment.teardown()
 
+    def _is_large(self, module: nn.Module) -> bool:
+        threshold = self._settings.persistent_params
+        return any(parameter.numel() > threshold for parameter in module.parameters())
+
+    def _config(self, *, clip: float) -> dict[str, Any]:
+        assert isinstance(self.config, dict)
+        return self.config | {"gradient_clipping": clip}
+
     def _build_engine(self, name: str, module: nn.Module, settings: OptimConfig) -> Engine:
+        stage = self._settings.zero_stage
+        optimizer = build_optimizer(module, settings, is_fused=False)
+        config = self._config(clip=settings.clip if stage > 0 else 0.0)
+        engine = self._start(module, config, optimizer)
+        kind = (WholeZero, SplitZero, SplitZero, ShardedZero)[stage]
+        return kind(name, engine, settings)
+
+    def _start(
+        self, module: nn.Module, config: dict[str, Any], optimizer: torch.optim.Optimizer | None
+    ) -> Any:
         import deepspeed
 
-        assert isinstance(self.config, dict)
         index = self.root_device.index if self.root_device.type == "cuda" else self.local_rank
-        is_partitioned = self.config["zero_optimization"]["stage"] > 0
-        clip = {"gradient_clipping": settings.clip if is_partitioned else 0.0}
-        optimizer = build_optimizer(module, settings, is_fused=False)
+        trained = optimizer.param_groups[0]["params"] if optimizer is not None else []
         engine, *_ = deepspeed.initialize(
             args=argparse.Namespace(device_rank=index),
-            config=self.config | clip,
+            config=config,
             model=module,
-            model_parameters=optimizer.param_groups[0]["params"],
+            model_parameters=trained,
             optimizer=optimizer,
             dist_init_required=False,
         )
-        return DeepSpeedEngine(name, engine, settings, is_partitioned=is_partitioned)
+        return engine
 
 
-class DeepSpeedEngine(Engine):
-    """A network trained by all ranks together; with ZeRO, each rank holds a slice of masters."""
+class WholeZero(Engine):
+    """A network under DeepSpeed, ZeRO-0: every rank holds it and its optimiser whole."""
 
-    def __init__(
-        self, name: str, engine: Any, settings: OptimConfig, *, is_partitioned: bool
-    ) -> None:
+    def __init__(self, name: str, engine: Any, settings: OptimConfig) -> None:
         super().__init__(name, engine.module, settings)
         self._engine = engine
-        self._is_partitioned = is_partitioned
         self._start_average()
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """The AdamW inside; under ZeRO its only tensor is this rank's slice of all parameters."""
+        """The AdamW inside."""
         optimizer = self._engine.basic_optimizer
         assert isinstance(optimizer, torch.optim.Optimizer)
         return optimizer
@@ -156,15 +203,25 @@ class DeepSpeedEngine(Engine):
         """The forward pass of the network."""
         return self._engine(*args, **kwargs)
 
-    def backward(self, loss: Tensor, *, last: bool = True) -> None:
+    def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss`; ranks average theirs."""
-        self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss)
 
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
+        """DeepSpeed counts micro-batches by itself only when it is asked to."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        return nullcontext()
+
+    def layout(self) -> list[Piece]:
+        """Every parameter whole."""
+        return whole_parameters(self.module)
+
+    @property
+    def is_written_here(self) -> bool:
+        """Rank 0's are taken: all ranks hold the same."""
+        return rank() == 0
+
     def _update(self) -> float:
-        if self._is_partitioned:
-            self._engine.step()
-            return self._check_finite(float(self._engine.get_global_grad_norm()))
         masters = self._masters()
         norm = torch.nn.utils.get_total_norm([master.grad for master in masters])  # type: ignore[misc]
         length = self._check_finite(float(norm))
@@ -174,5 +231,92 @@ class DeepSpeedEngine(Engine):
         return length
 
     def _masters_changed(self) -> None:
-        if self._is_partitioned:
-            self._engine.optimizer.update_lp_params()
+        """Nothing: the masters are the parameters."""
+
+
+class SplitZero(WholeZero):
+    """The same under ZeRO-1 or 2: a rank's only master is its slice of all parameters in a row."""
+
+    def layout(self) -> list[Piece]:
+        """The parameters that this rank's slice crosses."""
+        pieces = []
+        for name, parameter in self.module.named_parameters():
+            # Where DeepSpeed links a parameter to the masters, for its own checkpoints.
+            link = getattr(parameter, "_hp_mapping", None)
+            if link is not None:
+                here, there = link.lp_fragment_address, link.hp_fragment_address
+                pieces.append(
+                    Piece(name, here.start, here.numel, link.param_group_index, there.start)
+                )
+        return pieces
+
+    @property
+    def is_written_here(self) -> bool:
+        """Every rank holds masters of its own."""
+        return True
+
+    def _masters(self) -> list[Tensor]:
+        return list(self._engine.optimizer.single_partition_of_fp32_groups)
+
+    def _update(self) -> float:
+        self._engine.step()
+        # Steps with an invalid gradient are skipped; the norm kept is then that of another step.
+        is_skipped = bool(self._engine.optimizer.overflow)
+        norm = float("nan") if is_skipped else float(self._engine.get_global_grad_norm())
+        return self._check_finite(norm)
+
+    def _masters_changed(self) -> None:
+        self._engine.optimizer.update_lp_params()
+
+
+class ShardedZero(SplitZero):
+    """The same under ZeRO-3: a rank holds its share of every parameter, and nothing else."""
+
+    def layout(self) -> list[Piece]:
+        """This rank's share of every parameter; padding belongs to none."""
+        zero, pieces = self._engine.optimizer, []
+        for name, parameter in self.module.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            group, offset, size = zero.grad_position[zero.get_param_id(parameter)]
+            start = rank() * size
+            length = min(size, parameter.ds_numel - start)
+            if length > 0:
+                pieces.append(Piece(name, start, length, group, offset))
+        return pieces
+
+    def _masters(self) -> list[Tensor]:
+        return list(self._engine.optimizer.fp32_partitioned_groups_flat)
+
+    def _masters_changed(self) -> None:
+        zero = self._engine.optimizer
+        for group in range(len(zero.fp16_groups)):
+            zero._reassign_or_swap_out_partitioned_parameters(group)
+        if zero.persistent_parameters:
+            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+    def _state_copy(self) -> dict[str, Tensor]:
+        import deepspeed
+
+        state: dict[str, Tensor] = {}
+        for prefix, module in self.module.named_modules():
+            own = dict(module.named_parameters(recurse=False))
+            with deepspeed.zero.GatheredParameters(list(own.values())):
+                if rank() == 0:
+                    state |= {
+                        f"{prefix}.{name}" if prefix else name: host_copy(parameter)
+                        for name, parameter in own.items()
+                    }
+        if rank() != 0:
+            return {}
+        state |= {key: host_copy(buffer) for key, buffer in self._buffers()}
+        return {key: state[key] for key in self.module.state_dict()}
+
+
+def _bare_stage(strategy: Strategy) -> Stage:
+    """The stage of a strategy, after telling Lightning that there is no optimiser."""
+    stage = strategy.lightning_module
+    assert isinstance(stage, Stage)
+    strategy.optimizers = []
+    strategy.lr_scheduler_configs = []
+    return stage

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from configs.checks import require_blocks, require_choice, require_range
 from configs.schema import StageConfig
-from data.datamodule import LatentBatch
+from data.datamodule import LatentBatch, SwitchBatch
 from models.kv_cache import KVCache
 from models.kv_policies import build_policy
 from models.kv_spec import CacheSpec
@@ -38,7 +38,8 @@ class StreamingParams(DistributionMatchingParams):
         prefix_frames: True frames at the start of a stream, at least one block.
         chunk_frames: Frames added per step.
         stream_frames: Length at which a stream ends.
-        switch_chance: Chance that a stream changes its prompt once, in its middle.
+        switch_chance: Chance that a stream changes its prompt once, in its middle, to the prompt of
+            another clip.
     """
 
     student_every: int = 2
@@ -146,7 +147,7 @@ class Streaming(DistributionMatching):
             history=prefix,
             sink=prefix[:, : -(-max(params.sink_frames, 1) // size) * size],
             switch_frame=self._draw_switch(step),
-            next_text=batch.text.roll(1, dims=0),
+            next_text=batch.next_text if isinstance(batch, SwitchBatch) else batch.text,
         )
 
     def _draw_switch(self, step: int) -> int:

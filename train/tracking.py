@@ -6,7 +6,7 @@ import math
 import netrc
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 from urllib.parse import urlsplit
@@ -51,12 +51,17 @@ class MetricWindow:
         return {key: value / count for key, (value, count) in total.items()}
 
     def state(self) -> dict[str, list[float]]:
-        """What `load_state` needs."""
+        """What `load_states` needs of each rank."""
         return {key: list(entry) for key, entry in self._sums.items()}
 
-    def load_state(self, state: Mapping[str, list[float]]) -> None:
-        """Continue a window where `state` was taken."""
-        self._sums = {key: list(entry) for key, entry in state.items()}
+    def load_states(self, states: Sequence[Mapping[str, list[float]]]) -> None:
+        """Continue a window where `states` were taken: one, or those of several ranks, or none."""
+        self._sums = {}
+        for state in states:
+            for key, (value, count) in state.items():
+                entry = self._sums.setdefault(key, [0.0, 0])
+                entry[0] += value
+                entry[1] += count
 
 
 class JsonlLogger(Logger):

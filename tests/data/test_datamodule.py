@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from data.codec import TransformCodec
-from data.datamodule import LatentBatch, LatentDataModule, read_sample
+from data.datamodule import LatentBatch, LatentDataModule, SwitchBatch, read_sample
 from data.shards import BadSample, BadShard, ShardSet
 from data.truth import Truth, measure
 
@@ -55,10 +55,28 @@ def test_a_window_matches_the_truth_at_its_start(sets):
     assert max(starts) <= 21 - 6
 
 
+def test_the_next_prompt_belongs_to_the_sample_whoever_reads_it(sets):
+    """A prompt switch goes to the caption of another clip, the same one on any number of ranks."""
+    alone = list(module(sets, batch_size=4, has_next_text=True).train_dataloader())
+    assert all(isinstance(batch, SwitchBatch) for batch in alone)
+    texts = torch.cat([batch.text for batch in alone])
+    others = torch.cat([batch.next_text for batch in alone])
+    known = {tuple(text.flatten().tolist()) for text in texts}
+    assert {tuple(text.flatten().tolist()) for text in others} <= known
+    assert (texts != others).flatten(1).any(dim=1).float().mean() > 0.5
+    second = module(sets, batch_size=4, has_next_text=True, rank=1, world=2).train_dataloader()
+    for whole, share in zip(alone, second, strict=True):
+        assert torch.equal(share.next_text, whole.next_text[2:])
+
+
 def test_two_ranks_with_two_workers_see_every_sample_once_per_epoch(sets):
     """13 samples, 4 per step: 26 positions = two epochs after 6.5 steps; 13 steps = 4 epochs."""
     loaders = [
-        iter(module(sets, rank=rank, world=2, workers=2, num_batches=13).train_dataloader())
+        iter(
+            module(
+                sets, batch_size=4, rank=rank, world=2, workers=2, num_batches=13
+            ).train_dataloader()
+        )
         for rank in (0, 1)
     ]
     stream = []
@@ -69,7 +87,7 @@ def test_two_ranks_with_two_workers_see_every_sample_once_per_epoch(sets):
     for epoch in range(4):
         assert len({key for key, _ in stream[13 * epoch : 13 * epoch + 13]}) == 13
     assert len({seed for _, seed in stream}) == 52  # a sample has another seed in every epoch
-    # one rank with twice the batch sees the same stream
+    # one rank alone sees the same stream
     alone = []
     for batch in module(sets, batch_size=4, num_batches=13).train_dataloader():
         alone += list(zip(batch.keys, batch.seeds.tolist(), strict=True))

@@ -59,7 +59,8 @@ def batches(sets: Path, stored: Path, **changes) -> list[LatentBatch]:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"seed": 6, "batch_size": 3}, {"workers": 2, "rank": 1, "world": 2}]
+    "changes",
+    [{}, {"seed": 6, "batch_size": 3}, {"batch_size": 4, "workers": 2, "rank": 1, "world": 2}],
 )
 def test_whoever_reads_a_clip_gets_what_was_said_of_these_frames(sets, stored, changes):
     seen = set()

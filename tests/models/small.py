@@ -17,10 +17,10 @@ SIZES: dict[str, Any] = {
 }
 
 
-def small_transformer(seed: int = 0) -> VideoTransformer:
+def small_transformer(seed: int = 0, **changes: Any) -> VideoTransformer:
     """Seeded, with an output layer that starts small but not at zero."""
     torch.manual_seed(seed)
-    made = VideoTransformer(**SIZES)
+    made = VideoTransformer(**SIZES | changes)
     torch.nn.init.normal_(made.head.head.weight, std=0.1)
     return made
 

@@ -3,6 +3,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,11 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="session")
-def run_toy():
-    """run_toy(words, ranks=1) -> exit statuses; the ranks of a run that hangs are killed."""
+def run_program():
+    """run_program(module, words, ranks=1) -> exit statuses; ranks that hang are killed."""
 
-    def run(*words, ranks: int = 1) -> list[int]:
-        command = [sys.executable, "-m", "tests.train.toy", *map(str, words)]
+    def run(module, *words, ranks: int = 1, seconds: float = SECONDS) -> list[int]:
+        command = [sys.executable, "-m", module, *map(str, words)]
         shared = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         if ranks > 1:
             shared |= {
@@ -37,7 +38,7 @@ def run_toy():
         for number in range(ranks):
             own = {"RANK": str(number), "LOCAL_RANK": str(number)} if ranks > 1 else {}
             processes.append(subprocess.Popen(command, env=shared | own, cwd=ROOT))
-        deadline = time.monotonic() + SECONDS
+        deadline = time.monotonic() + seconds
         try:
             return [process.wait(deadline - time.monotonic()) for process in processes]
         finally:
@@ -45,6 +46,12 @@ def run_toy():
                 process.kill()
 
     return run
+
+
+@pytest.fixture(scope="session")
+def run_toy(run_program):
+    """run_toy(words, ranks=1, seconds=...) -> exit statuses of the toy program."""
+    return partial(run_program, "tests.train.toy")
 
 
 @pytest.fixture(scope="session")

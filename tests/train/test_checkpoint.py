@@ -11,14 +11,15 @@ from configs.errors import UserError
 from tests.train import toy
 from tests.train.toy import ToyStage, toy_config, toy_stage, train
 from train import checkpoint
-from train.checkpoint import CheckpointError, Snapshot, newest_whole, step_of, write
-from train.engine import build_single_engines
+from train.checkpoint import CheckpointError, Shelf, Snapshot, newest_whole, step_of, write
+from train.engine import SingleEngine, build_engines
+from train.restore import restore
 
 
 def built_stage(**changes):
     """A stage with engines, as a strategy leaves it."""
     stage = toy_stage(toy_config(**changes))
-    stage.engines = build_single_engines(stage.engine_specs())
+    stage.engines = build_engines(stage.engine_specs(), SingleEngine)
     stage.identity = {"stage": {"steps": stage.config.steps}, "seed": stage.seed}
     return stage
 
@@ -51,7 +52,7 @@ def test_restore_brings_back_engines_average_counters_and_own_tensors(tmp_path):
     stage.counters, stage.mean = {"critic_steps": 3}, torch.arange(6.0)
     stage.metrics.add({"loss": 0.1})
     other = built_stage()
-    assert checkpoint.restore(other, write(snapshot_at(stage, 5), tmp_path, keep=2)) == 5
+    assert restore(other, write(snapshot_at(stage, 5), Shelf(tmp_path, keep=2))) == 5
     expected, found = checkpoint.capture(stage), checkpoint.capture(other)
     assert expected.meta == found.meta
     for key, value in expected.tensors.items():
@@ -63,7 +64,7 @@ def test_restore_brings_back_engines_average_counters_and_own_tensors(tmp_path):
 def test_only_the_newest_checkpoints_stay_and_the_pointer_names_the_last(tmp_path):
     stage = built_stage()
     for step in (2, 4, 10):
-        write(snapshot_at(stage, step), tmp_path, keep=2)
+        write(snapshot_at(stage, step), Shelf(tmp_path, keep=2))
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "newest",
         "step-00000004",
@@ -76,7 +77,7 @@ def test_only_the_newest_checkpoints_stay_and_the_pointer_names_the_last(tmp_pat
 def test_unfinished_and_unmarked_folders_are_not_checkpoints(tmp_path):
     assert newest_whole(tmp_path / "nowhere") is None
     stage = built_stage()
-    whole = write(snapshot_at(stage, 2), tmp_path, keep=2)
+    whole = write(snapshot_at(stage, 2), Shelf(tmp_path, keep=2))
     shutil.copytree(whole, tmp_path / "step-00000004.part")
     shutil.copytree(whole, tmp_path / "step-00000006")
     (tmp_path / "step-00000006" / checkpoint.MARKER).unlink()
@@ -85,92 +86,89 @@ def test_unfinished_and_unmarked_folders_are_not_checkpoints(tmp_path):
 
 def test_killed_between_rename_and_pointer_the_new_checkpoint_counts(tmp_path):
     stage = built_stage()
-    write(snapshot_at(stage, 2), tmp_path, keep=2)
-    write(snapshot_at(stage, 4), tmp_path, keep=2)
+    write(snapshot_at(stage, 2), Shelf(tmp_path, keep=2))
+    write(snapshot_at(stage, 4), Shelf(tmp_path, keep=2))
     (tmp_path / "newest").write_text("step-00000002\n")
     assert step_of(newest_whole(tmp_path)) == 4
 
 
 def test_checkpoint_that_exists_is_never_written_again(tmp_path):
     stage = built_stage()
-    whole = write(snapshot_at(stage, 2), tmp_path, keep=2)
+    whole = write(snapshot_at(stage, 2), Shelf(tmp_path, keep=2))
     before = (whole / checkpoint.MARKER).stat().st_ino
-    assert write(snapshot_at(stage, 2), tmp_path, keep=2) == whole
+    assert write(snapshot_at(stage, 2), Shelf(tmp_path, keep=2)) == whole
     assert (whole / checkpoint.MARKER).stat().st_ino == before
 
 
 def test_full_disk_names_the_cause_and_leaves_the_newest_whole_one(tmp_path, monkeypatch):
     stage = built_stage()
-    whole = write(snapshot_at(stage, 2), tmp_path, keep=1)
+    whole = write(snapshot_at(stage, 2), Shelf(tmp_path, keep=1))
 
     def fail(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint.safetensors.torch, "save_file", fail)
     with pytest.raises(CheckpointError, match=r"No space left on device.*free space on that disk"):
-        write(snapshot_at(stage, 4), tmp_path, keep=1)
+        write(snapshot_at(stage, 4), Shelf(tmp_path, keep=1))
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [whole.name]
     monkeypatch.undo()
-    assert checkpoint.restore(built_stage(), newest_whole(tmp_path)) == 2
+    assert restore(built_stage(), newest_whole(tmp_path)) == 2
 
 
 def test_damaged_file_is_named(tmp_path):
-    whole = write(snapshot_at(built_stage(), 2), tmp_path, keep=1)
+    whole = write(snapshot_at(built_stage(), 2), Shelf(tmp_path, keep=1))
     path = whole / "rank-00000.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match=r"rank-00000\.safetensors must be the file"):
-        checkpoint.restore(built_stage(), whole)
+        restore(built_stage(), whole)
     path.unlink()
     with pytest.raises(CheckpointError, match="damaged or missing"):
-        checkpoint.restore(built_stage(), whole)
+        restore(built_stage(), whole)
 
 
 def test_unreadable_marker_is_named(tmp_path):
-    whole = write(snapshot_at(built_stage(), 2), tmp_path, keep=1)
+    whole = write(snapshot_at(built_stage(), 2), Shelf(tmp_path, keep=1))
     (whole / checkpoint.MARKER).write_text("{")
     with pytest.raises(CheckpointError, match=r"readable COMPLETE\.json"):
-        checkpoint.restore(built_stage(), whole)
+        restore(built_stage(), whole)
 
 
 def test_other_configuration_is_refused_with_the_keys_that_differ(tmp_path):
-    whole = write(snapshot_at(built_stage(steps=6), 2), tmp_path, keep=1)
+    whole = write(snapshot_at(built_stage(steps=6), 2), Shelf(tmp_path, keep=1))
     other = built_stage(steps=9)
     other.identity["extra"] = 1
     expected = r"stage\.steps: 6 in the checkpoint, 9 now; extra: None in the checkpoint, 1 now"
     with pytest.raises(CheckpointError, match=expected) as caught:
-        checkpoint.restore(other, whole)
+        restore(other, whole)
     assert isinstance(caught.value, UserError)
 
 
-def test_other_number_of_processes_is_refused(tmp_path):
-    whole = write(snapshot_at(built_stage(), 2), tmp_path, keep=1)
-    described = json.loads((whole / checkpoint.MARKER).read_text())
-    (whole / checkpoint.MARKER).write_text(json.dumps(described | {"world_size": 4}))
-    with pytest.raises(CheckpointError, match=r"as many processes as wrote it, 4, found 1"):
-        checkpoint.restore(built_stage(), whole)
-
-
 def test_engine_of_another_shape_is_refused(tmp_path):
-    whole = write(snapshot_at(built_stage(), 2), tmp_path, keep=1)
+    whole = write(snapshot_at(built_stage(), 2), Shelf(tmp_path, keep=1))
     other = toy_stage(toy_config())
-    other.networks["student"] = torch.nn.Linear(6, 6)
-    other.engines = build_single_engines(other.engine_specs())
+    other.networks["student"] = torch.nn.Sequential(torch.nn.Linear(6, 6))
+    other.engines = build_engines(other.engine_specs(), SingleEngine)
     other.identity = built_stage().identity
-    with pytest.raises(CheckpointError, match=r"student/\w+\.0 must be"):
-        checkpoint.restore(other, whole)
+    with pytest.raises(
+        CheckpointError, match=r"'student'.*its parameters; missing: \[\], not known: \['2"
+    ):
+        restore(other, whole)
 
 
-# The streams of ToyStream start at steps 0, 3 and 6, and those are the states it can save.
+# The streams of ToyStream start at steps 0, 3 and 6, and those are the states it can save. What is
+# being written when a step kills the run may become whole or not.
 @pytest.mark.parametrize(
     ("kind", "event", "left"),
     [
-        ("ToyStage", "kill:1", None),
-        ("ToyStage", "kill:5", 4),
-        ("ToyStage", "save:4", 2),
-        ("ToyStream", "kill:5", 3),
-        ("ToyStream", "save:3", 0),
+        ("ToyStage", "kill:1", (None,)),
+        ("ToyStage", "kill:5", (2, 4)),
+        ("ToyStage", "save:4", (2,)),
+        ("ToyStage", "saved:4", (2,)),
+        ("ToyStage", "pointer:4", (4,)),
+        ("ToyStream", "kill:5", (0, 3)),
+        ("ToyStream", "save:3", (0,)),
     ],
 )
 def test_killed_run_continues_to_the_same_bits(run_toy, uninterrupted, tmp_path, kind, event, left):
@@ -178,7 +176,7 @@ def test_killed_run_continues_to_the_same_bits(run_toy, uninterrupted, tmp_path,
     words = (folder, "--steps", 7, "--kind", kind)
     assert run_toy(*words, "--event", event) == [-signal.SIGKILL]
     newest = newest_whole(folder / "checkpoints")
-    assert (step_of(newest) if newest else None) == left
+    assert (step_of(newest) if newest else None) in left
     assert not (folder / "final.safetensors").exists()
     run_here(folder, kind)
     assert_same_outcome(uninterrupted(kind), folder)

@@ -7,14 +7,14 @@ from torch import nn
 
 from configs.errors import ConfigError
 from tests.train.toy import ToyStage, ToyStream, toy_batch, toy_config, toy_network, toy_stage
-from train.engine import build_single_engines
-from train.stage import split_batch
+from train.engine import SingleEngine, build_engines
+from train.stage import rank_share, split_batch
 
 
 @pytest.fixture
 def stage():
     stage = toy_stage(toy_config(steps=10))
-    stage.engines = build_single_engines(stage.engine_specs())
+    stage.engines = build_engines(stage.engine_specs(), SingleEngine)
     return stage
 
 
@@ -67,14 +67,12 @@ def test_optimise_reports_norm_and_rate_and_moves_only_its_network(stage):
 
 
 def test_accumulated_losses_are_computed_one_after_the_other():
-    stage = toy_stage(toy_config(accumulate=3))
-    stage.engines = build_single_engines(stage.engine_specs())
+    stage = toy_stage(toy_config())
+    stage.engines = build_engines(stage.engine_specs(), SingleEngine)
     engine, order = stage.engine("student"), []
-    backward = engine.backward
-    engine.backward = lambda loss, last: (
-        order.append(f"backward {last}"),
-        backward(loss, last=last),
-    )
+    backward, around = engine.backward, engine.micro_batch
+    engine.backward = lambda loss: (order.append("backward"), backward(loss))
+    engine.micro_batch = lambda *, last: (order.append(f"last {last}"), around(last=last))[1]
 
     def loss(number):
         order.append(f"loss {number}")
@@ -82,8 +80,8 @@ def test_accumulated_losses_are_computed_one_after_the_other():
 
     alone = engine(torch.ones(2, 6)).square().mean()
     reported = stage.optimise("student", loss, [0, 1, 2])
-    assert order[:2] == ["loss 0", "backward False"]
-    assert order[-2:] == ["loss 2", "backward True"]
+    assert order[:3] == ["last False", "loss 0", "backward"]
+    assert order[-3:] == ["last True", "loss 2", "backward"]
     assert reported["loss/student"].item() == pytest.approx(alone.item())  # mean of 0, 1, 2 times
 
 
@@ -97,16 +95,23 @@ def test_micro_batches_are_parts_of_the_batch_in_order():
         list(split_batch(batch, 4))
 
 
+def test_a_step_is_shared_out_in_whole_micro_batches():
+    settings = toy_config(batch=12, micro_batch=3).stages["toy"]
+    assert [rank_share(settings, world) for world in (1, 2, 4)] == [12, 6, 3]
+    with pytest.raises(ConfigError, match=r"multiple of ranks x micro_batch = 8 x 3, found 12"):
+        rank_share(settings, 8)
+
+
 def test_snapshot_of_a_stream_is_the_state_before_its_first_step(stage):
     stream = toy_stage(toy_config(), ToyStream)
-    stream.engines = build_single_engines(stream.engine_specs())
+    stream.engines = build_engines(stream.engine_specs(), SingleEngine)
     start = copy.deepcopy(stream.engine("student").weights())
     for step in range(3):
         stream.update(toy_batch(step, size=4, rank=0, world=1), step)
         stream.completed += 1
     taken = stream.snapshot()
     assert taken.step == 0
-    assert torch.equal(taken.tensors["engine.student.master.0"], start["0.weight"])
+    assert torch.equal(taken.tensors["engine.student.master.0"], start["0.weight"].flatten())
     stream.update(toy_batch(3, size=4, rank=0, world=1), 3)
     assert stream.snapshot().step == 3
 

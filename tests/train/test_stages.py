@@ -6,68 +6,22 @@ import pytest
 import torch
 
 from configs.errors import ConfigError
-from configs.schema import OptimConfig, StageConfig
-from data.datamodule import LatentBatch
-from models.salience import SalienceHead
-from tests.models.small import small_transformer
+from configs.schema import StageConfig
+from data.datamodule import SwitchBatch
+from tests.train.small_stages import FRAMES, batch, small_stage, with_engines
 from train import checkpoint
-from train.causal import Causal, CausalParams, random_visibility
+from train.causal import random_visibility
 from train.distill import Distill, DistillParams
-from train.engine import build_single_engines
-from train.salience import SalienceParams, SalienceStage
-from train.streaming import Streaming, StreamingParams
-from train.teacher import Teacher, TeacherParams
-
-FRAMES, PLACES = 12, 6
+from train.restore import restore
+from train.streaming import Streaming
 
 
-def batch(size: int = 2, first_seed: int = 10) -> LatentBatch:
-    generator = torch.Generator().manual_seed(first_seed)
-    return LatentBatch(
-        latents=torch.randn(size, FRAMES, 16, 2, 3, generator=generator),
-        text=torch.randn(size, 3, 8, generator=generator),
-        keys=[str(i) for i in range(size)],
-        seeds=torch.arange(first_seed, first_seed + size),
-        meta=[{} for _ in range(size)],
-    )
-
-
-def build(cls, params, trained, frozen=None, *, lr=1e-3, accumulate=1):
-    optimizers = {name: OptimConfig(lr=lr, warmup=0, schedule="constant") for name in trained}
-    config = StageConfig(
-        kind="test",
-        steps=100,
-        batch=2,
-        frames=FRAMES,
-        accumulate=accumulate,
-        optimizers=optimizers,
-    )
-    stage = cls(
-        config,
-        seed=3,
-        networks=trained,
-        frozen=frozen,
-        params=params,
-        frames_per_block=2,
-        frame_seq_len=PLACES,
-    )
-    stage.engines = build_single_engines(stage.engine_specs())
-    return stage
+def build(kind, params=None, **changes):
+    return with_engines(small_stage(kind, params, **changes))
 
 
 def distill(lr: float = 1e-3, **params) -> Distill:
-    settings = DistillParams(prefix_frames=[4], budgets=[30], student_every=1, **params)
-    trained = {"student": small_transformer(0), "critic": small_transformer(1)}
-    return build(Distill, settings, trained, {"teacher": small_transformer(2)}, lr=lr)
-
-
-def streaming(**params) -> Streaming:
-    settings = StreamingParams(
-        budget_tokens=30, prefix_frames=4, chunk_frames=4, stream_frames=16, **params
-    )
-    head = SalienceHead(num_layers=2, width=24, hidden=8, grid=(2, 3))
-    trained = {"student": small_transformer(0), "critic": small_transformer(1)}
-    return build(Streaming, settings, trained, {"teacher": small_transformer(2), "head": head})
+    return build("distill", {"student_every": 1} | params, lr=lr)
 
 
 def weights_of(module) -> dict[str, torch.Tensor]:
@@ -79,8 +33,8 @@ def changed(module, before) -> bool:
 
 
 def test_in_causal_the_loss_of_a_block_reaches_the_clean_tokens_before_it():
-    student = small_transformer()
-    stage = build(Causal, CausalParams(evict=False), {"student": student})
+    stage = build("causal", {"evict": False})
+    student = stage.engine("student").module
     seen = []
     student.patch_embedding.register_forward_hook(lambda module, args, out: seen.append(out))
     (gradient,) = torch.autograd.grad(stage.loss(batch()), seen[-1])
@@ -153,7 +107,7 @@ def test_settings_of_distillation_that_cannot_be_meant_are_refused(params, messa
 
 
 def test_a_stream_grows_by_chunks_and_gives_way_to_a_new_one():
-    stage = streaming()
+    stage = build("streaming")
     lengths = [
         stage.update(batch(first_seed=10 + step), step)["stream_frames"] for step in range(5)
     ]
@@ -163,14 +117,16 @@ def test_a_stream_grows_by_chunks_and_gives_way_to_a_new_one():
 
 
 def test_a_prompt_switch_rebuilds_the_past_under_the_next_prompt():
-    stage = streaming(switch_chance=1.0)
-    stage.update(batch(), 0)
+    stage = build("streaming", {"switch_chance": 1.0})
+    first = batch()
+    first = SwitchBatch(**vars(first), next_text=first.text + 1)
+    stage.update(first, 0)
     stream = stage.streams[0]
     assert stream.switch_frame in (8, 12)
     while stage.streams and stream.cache.num_frames < stream.switch_frame:
         stage.update(batch(), 1)
     stage.update(batch(), 2)
-    assert torch.equal(stream.text, batch().text.roll(1, dims=0))
+    assert torch.equal(stream.text, first.next_text)
 
 
 def test_a_stream_with_a_prompt_switch_is_repeated_bit_for_bit_from_its_snapshot(tmp_path):
@@ -179,10 +135,10 @@ def test_a_stream_with_a_prompt_switch_is_repeated_bit_for_bit_from_its_snapshot
             stage.update(batch(first_seed=10 + step), step)
             stage.completed = step + 1
 
-    whole, resumed = streaming(switch_chance=1.0), streaming(switch_chance=1.0)
+    whole, resumed = (build("streaming", {"switch_chance": 1.0}) for _ in range(2))
     run(whole, 0)  # streams of three chunks: the second chunk of the second one is done
-    folder = checkpoint.write(whole.snapshot(), tmp_path, keep=1)
-    done = checkpoint.restore(resumed, folder)
+    folder = checkpoint.write(whole.snapshot(), checkpoint.Shelf(tmp_path))
+    done = restore(resumed, folder)
     assert done == 3, "a checkpoint within a stream holds the stream's start"
     resumed.completed = done
     run(resumed, done)
@@ -193,11 +149,8 @@ def test_a_stream_with_a_prompt_switch_is_repeated_bit_for_bit_from_its_snapshot
 
 
 def test_the_head_learns_and_the_student_does_not_move():
-    head = SalienceHead(num_layers=2, width=24, hidden=8, grid=(2, 3))
-    frozen = {"teacher": small_transformer(2), "student": small_transformer(0)}
-    stage = build(
-        SalienceStage, SalienceParams(statistics_steps=2), {"head": head}, frozen, lr=1e-2
-    )
+    stage = build("salience", {"horizon": 2}, lr=1e-2)
+    head = stage.engine("head").module
     before = weights_of(stage.frozen)
     losses = []
     for step in range(30):
@@ -212,35 +165,31 @@ def test_the_head_learns_and_the_student_does_not_move():
     assert {"spearman/later/0", "recall/earlier/1"} <= stage.scores(*stage.predict(batch())).keys()
 
 
-@pytest.mark.parametrize("cls", [Teacher, Causal])
-def test_accumulated_micro_batches_give_the_gradient_of_the_whole_batch(cls):
-    params = {Teacher: TeacherParams(), Causal: CausalParams()}[cls]
-    name = {Teacher: "teacher", Causal: "student"}[cls]
+@pytest.mark.parametrize(("kind", "name"), [("teacher", "teacher"), ("causal", "student")])
+def test_accumulated_micro_batches_give_the_gradient_of_the_whole_batch(kind, name):
     norms = []
-    for accumulate in (1, 2):
-        stage = build(cls, params, {name: small_transformer()}, accumulate=accumulate)
+    for micro_batch in (0, 2):
+        stage = build(kind, batch=4, micro_batch=micro_batch)
         norms.append(stage.update(batch(size=4), 0)[f"grad_norm/{name}"])
     # The same mean in another order of summation.
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
 def test_a_clean_prefix_is_whole_blocks_and_never_the_whole_video():
-    stage = build(Teacher, TeacherParams(clean_prefix=1.0), {"teacher": small_transformer()})
+    stage = build("teacher", {"clean_prefix": 1.0})
     sigma = stage.sigma(torch.arange(300), FRAMES)
     lengths = (sigma == 0).sum(dim=1)
     assert set(lengths.tolist()) == {0, 2, 4, 6, 8, 10}
     for row, length in zip(sigma, lengths.tolist(), strict=True):
         assert (row[:length] == 0).all()
         assert (row[length:] == row[-1]).all()
-    uniform = build(Teacher, TeacherParams(), {"teacher": small_transformer()}).sigma(
-        torch.arange(5), FRAMES
-    )
+    uniform = build("teacher").sigma(torch.arange(5), FRAMES)
     assert (uniform == uniform[:, :1]).all()
     assert (uniform > 0).all()
 
 
 def test_blocks_with_noise_levels_of_their_own_are_clean_by_half():
-    stage = build(Teacher, TeacherParams(block_noise=1.0), {"teacher": small_transformer()})
+    stage = build("teacher", {"block_noise": 1.0})
     sigma = stage.sigma(torch.arange(300), FRAMES)
     blocks = sigma.unflatten(1, (-1, 2))
     assert (blocks[..., 0] == blocks[..., 1]).all()
@@ -250,10 +199,8 @@ def test_blocks_with_noise_levels_of_their_own_are_clean_by_half():
 
 
 def test_shares_of_the_teachers_samples_are_exclusive():
-    params = TeacherParams(clean_prefix=0.4, block_noise=0.4)
-    sigma = build(Teacher, params, {"teacher": small_transformer()}).sigma(
-        torch.arange(2000), FRAMES
-    )
+    stage = build("teacher", {"clean_prefix": 0.4, "block_noise": 0.4})
+    sigma = stage.sigma(torch.arange(2000), FRAMES)
     levels = torch.tensor([row[row > 0].unique().numel() for row in sigma])
     assert 0.3 < (levels > 1).float().mean() < 0.4  # by block, unless one noisy block is left
     assert (sigma == sigma[:, :1]).all(dim=1).float().mean() > 0.2

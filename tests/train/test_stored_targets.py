@@ -16,7 +16,7 @@ from data.shards import ShardSet
 from data.targets import TargetSet, TargetSource, target_seed, write_targets
 from models.salience import SalienceHead
 from tests.models.small import random_transformer
-from train.engine import build_single_engines
+from train.engine import SingleEngine, build_engines
 from train.salience import SalienceParams, SalienceStage
 
 FRAMES, PLACES, STEPS = 8, 6, 10
@@ -40,14 +40,14 @@ def write_clips(root: Path) -> ShardSet:
     return ShardSet(root)
 
 
-def build(*, accumulate: int = 1) -> SalienceStage:
+def build(*, batch: int = 2, micro_batch: int = 0) -> SalienceStage:
     head = OptimConfig(lr=1e-2, warmup=0, schedule="constant")
     config = StageConfig(
         kind="salience",
         steps=STEPS,
-        batch=2,
+        batch=batch,
         frames=FRAMES,
-        accumulate=accumulate,
+        micro_batch=micro_batch,
         optimizers={"head": head},
         log_every=100,
     )
@@ -62,7 +62,7 @@ def build(*, accumulate: int = 1) -> SalienceStage:
         frames_per_block=2,
         frame_seq_len=PLACES,
     )
-    stage.engines = build_single_engines(stage.engine_specs())
+    stage.engines = build_engines(stage.engine_specs(), SingleEngine)
     return stage
 
 
@@ -80,26 +80,26 @@ def as_online(batch: LatentBatch, seeds: torch.Tensor) -> LatentBatch:
     return LatentBatch(batch.latents, batch.text, batch.keys, seeds, batch.meta)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_stored_targets_train_like_the_teacher_with_the_same_noise(tmp_path, accumulate):
+@pytest.mark.parametrize("batch", [2, 4])
+def test_stored_targets_train_like_the_teacher_with_the_same_noise(tmp_path, batch):
     clips = write_clips(tmp_path / "latents")
     source = TargetSource(clips.hash, "teacher", SIGMA, FRAMES, 2 * PLACES, "fp32")
     write_targets(
         clips, tmp_path / "targets", source=source, ask=build().ask_teacher, progress=False
     )
     targets = TargetSet(tmp_path / "targets", source)
-    settings = {"batch_size": 2 * accumulate, "frames": FRAMES, "seed": 5, "num_batches": STEPS}
+    settings = {"batch_size": batch, "frames": FRAMES, "seed": 5, "num_batches": STEPS}
     module = LatentDataModule(clips.root, targets=targets, **settings)
     stored = list(module.train_dataloader())
     own = [torch.tensor([target_seed(key, SIGMA) for key in batch.keys]) for batch in stored]
     online = [as_online(batch, seeds) for batch, seeds in zip(stored, own, strict=True)]
     other = [as_online(batch, batch.seeds) for batch in stored]
 
-    found = losses(build(accumulate=accumulate), stored)
+    found = losses(build(batch=batch, micro_batch=2), stored)
     # Float16 keeps 11 bits: targets that are off by 2^-12 of their size at most, about as large as
     # their deviation, change a loss of order 1 by less than a few times 2^-12.
-    assert found == pytest.approx(losses(build(accumulate=accumulate), online), rel=1e-3)
-    assert found != pytest.approx(losses(build(accumulate=accumulate), other), rel=1e-2)
+    assert found == pytest.approx(losses(build(batch=batch, micro_batch=2), online), rel=1e-3)
+    assert found != pytest.approx(losses(build(batch=batch, micro_batch=2), other), rel=1e-2)
 
 
 def test_the_horizon_is_applied_to_what_is_stored(tmp_path):

@@ -29,7 +29,7 @@ def test_window_continues_bit_for_bit_through_json():
         whole.add({"loss": value})
     for value in values[:3]:
         first.add({"loss": value})
-    second.load_state(json.loads(json.dumps(first.state())))
+    second.load_states([json.loads(json.dumps(first.state()))])
     for value in values[3:]:
         second.add({"loss": value})
     assert whole.close() == second.close()

@@ -4,6 +4,7 @@ python -m tests.train.toy FOLDER [--steps N] [--strategy deepspeed] [--event kil
 """
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from configs.schema import OptimConfig, RunConfig, StageConfig, TrackingConfig, TrainerConfig
 from train import checkpoint
+from train.engine import NonFiniteGradientError
 from train.fit import Interrupted, fit
 from train.randomness import sample_noise
 from train.ranks import rank, world_size
@@ -40,8 +42,9 @@ class ToyBatch:
 
 
 def toy_batch(number: int, *, size: int, rank: int, world: int) -> ToyBatch:
-    """Part of global batch `number`; ranks hold neighbouring samples."""
-    seeds = torch.arange(size) + size * (world * number + rank)
+    """This rank's share of batch `number`, `size` samples in all; ranks hold neighbours."""
+    share = size // world
+    seeds = torch.arange(share) + size * number + share * rank
     return ToyBatch(sample_noise((WIDTH,), seeds, "data"), seeds)
 
 
@@ -112,8 +115,8 @@ class ToyStage(Stage):
     def extra_state(self):
         return {"mean": self.mean}
 
-    def load_extra_state(self, state):
-        self.mean = state["mean"]
+    def load_extra_state(self, states):
+        self.mean = sum(state["mean"] for state in states) / len(states)
 
 
 class ToyStream(ToyStage):
@@ -145,12 +148,12 @@ def toy_config(**changes) -> RunConfig:
     stage = StageConfig(
         kind="toy",
         steps=changes.pop("steps", 6),
-        batch=4,
+        batch=changes.pop("batch", 4),
         frames=1,
         optimizers={"student": optim, "critic": replace(optim, lr=3e-2, ema=0.0)},
         checkpoint_every=changes.pop("checkpoint_every", 2),
         log_every=changes.pop("log_every", 3),
-        accumulate=changes.pop("accumulate", 1),
+        micro_batch=changes.pop("micro_batch", 0),
         sample_every=changes.pop("sample_every", 0),
     )
     trainer = TrainerConfig(accelerator="cpu", threads=1, **changes)
@@ -172,7 +175,7 @@ def train(folder: Path, config: RunConfig, stage: Stage | None = None, **options
     """Train to the end and return the stage."""
     settings = config.stages["toy"]
     stage = toy_stage(config) if stage is None else stage
-    data = ToyData(batch_size=settings.batch * settings.accumulate, num_batches=settings.steps)
+    data = ToyData(batch_size=settings.batch, num_batches=settings.steps)
     fit(stage, data, folder=folder, config=config, stage_name="toy", **options)
     return stage
 
@@ -202,13 +205,16 @@ def main(words: list[str]) -> None:
         return
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    for name, default in (("steps", 6), ("zero_stage", 2), ("devices", 1), ("accumulate", 1)):
+    numbers = {"steps": 6, "zero_stage": 2, "devices": 1, "batch": 4, "micro_batch": 0}
+    for name, default in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--clip", type=float, default=1.0)
     parser.add_argument("--strategy", default="single")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--kind", default="ToyStage")
-    parser.add_argument("--event", default="", help="kill:STEP, term:STEP, int:STEP or save:STEP")
+    parser.add_argument("--persistent_params", type=int, default=0)
+    parser.add_argument("--offload_optimizer", action="store_true")
+    parser.add_argument("--event", default="", help="see `arrange`")
     parser.add_argument("--no_noise", action="store_true", help="nothing but the data is random")
     arguments = vars(parser.parse_args(words))
     folder, event, kind = (arguments.pop(key) for key in ("folder", "event", "kind"))
@@ -221,28 +227,104 @@ def main(words: list[str]) -> None:
         train(folder, config, stage)
     except Interrupted as stop:
         (folder / "interrupted").write_text(str(stop.step))
+        save_weights(stage, folder / "stopped.safetensors")
         if "--then" not in sys.argv:
             raise
         return
+    except NonFiniteGradientError as error:
+        (folder / f"rank-{rank()}-failed").write_text(str(error))
+        return
+    save_weights(stage, folder / "final.safetensors")
+
+
+def save_weights(stage: Stage, path: Path) -> None:
     weights = final_weights(stage)
     if rank() == 0:
-        safetensors.torch.save_file(weights, folder / "final.safetensors")
+        safetensors.torch.save_file(weights, path)
 
 
 def arrange(stage: Stage, event: str) -> None:
-    """Let `event` happen: a signal within a step, or SIGKILL within the save after a step."""
-    what, _, step = event.partition(":")
-    numbers = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT}
-    last = int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1
-    if what in numbers and last:
-        stage.at_update = lambda now: now == int(step) and os.kill(os.getpid(), numbers[what])
-    elif what == "save":
-        finish = checkpoint._finish
+    """Let `event` happen: WHAT:STEP[:RANK], by default on the last rank.
 
-        def die(snapshot, ranks, final):
-            return kill() if snapshot.step == int(step) else finish(snapshot, ranks, final)
+    kill, term, int: a signal within a step, after its first update. nan: a poisoned batch. save,
+    saved: SIGKILL within the writing of the rank's file, or after it. pointer: SIGKILL between the
+    appearance of the checkpoint and the pointer to it (what rank 0 alone does).
+    """
+    what, _, rest = event.partition(":")
+    step, _, place = rest.partition(":")
+    last = int(os.environ.get("WORLD_SIZE", 1)) - 1
+    if what and int(os.environ.get("RANK", 0)) == int(place or last):
+        EVENTS[what](stage, int(step))
 
-        checkpoint._finish = die
+
+def send(number: int):
+    return lambda stage, step: after(stage, "optimise", step, lambda: os.kill(os.getpid(), number))
+
+
+def poison(stage: Stage, step: int) -> None:
+    update = stage.update
+    stage.update = lambda batch, now: update(
+        replace(batch, latents=batch.latents * math.nan) if now == step else batch, now
+    )
+
+
+def kill_in_save(stage: Stage, step: int) -> None:
+    save_file = safetensors.torch.save_file
+
+    def save(tensors, target, metadata=None):
+        if f"/step-{step:08d}.part/" in str(target):
+            Path(target).write_bytes(b"torn")
+            kill()
+        save_file(tensors, target, metadata)
+
+    safetensors.torch.save_file = save
+
+
+def kill_when_saved(stage: Stage, step: int) -> None:
+    write_rank = checkpoint._write_rank
+
+    def written(snapshot, part):
+        entry = write_rank(snapshot, part)
+        return kill() if snapshot.step == step else entry
+
+    checkpoint._write_rank = written
+
+
+def kill_before_pointer(stage: Stage, step: int) -> None:
+    original = Path.replace
+
+    def point(own, target):
+        newest = checkpoint.newest_whole(own.parent) if own.name.startswith("newest") else None
+        if newest is not None and checkpoint.step_of(newest) == step:
+            kill()
+        return original(own, target)
+
+    Path.replace = point
+
+
+EVENTS = {
+    "kill": send(signal.SIGKILL),
+    "term": send(signal.SIGTERM),
+    "int": send(signal.SIGINT),
+    "nan": poison,
+    "save": kill_in_save,
+    "saved": kill_when_saved,
+    "pointer": kill_before_pointer,
+}
+
+
+def after(stage: Stage, method: str, step: int, action) -> None:
+    """Do `action` once, after the first call of a method of the stage in a step."""
+    original, done = getattr(stage, method), []
+
+    def call(*arguments, **options):
+        result = original(*arguments, **options)
+        if stage.completed == step and not done:
+            done.append(step)
+            action()
+        return result
+
+    setattr(stage, method, call)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,56 @@
+"""Checkpoints written in the background, while training goes on."""
+
+import threading
+
+from train.checkpoint import CheckpointError, Shelf, Snapshot, write
+
+
+class CheckpointWriter:
+    """Writes one checkpoint at a time in a thread; its ranks agree in a group of their own.
+
+    Args:
+        shelf: Where checkpoints go; its group must be used by nothing else.
+    """
+
+    def __init__(self, shelf: Shelf) -> None:
+        self.shelf = shelf
+        self._thread: threading.Thread | None = None
+        self._error: CheckpointError | RuntimeError | None = None
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a checkpoint could not be written; the error is raised by `wait`."""
+        return self._error is not None
+
+    def start(self, snapshot: Snapshot) -> None:
+        """Write `snapshot` as soon as the one before is written.
+
+        Raises:
+            CheckpointError: If the one before could not be written.
+        """
+        self.wait()
+        # A thread that cannot end, as another rank is gone, must not keep the process alive.
+        self._thread = threading.Thread(target=self._write, args=(snapshot,), daemon=True)
+        self._thread.start()
+
+    def join(self, seconds: float | None = None) -> None:
+        """Return when nothing is being written any more, or after some seconds."""
+        if self._thread is not None:
+            self._thread.join(seconds)
+
+    def wait(self) -> None:
+        """Return when nothing is being written any more.
+
+        Raises:
+            CheckpointError: If the last checkpoint could not be written.
+            RuntimeError: If another rank was gone.
+        """
+        self.join()
+        if self._error is not None:
+            raise self._error
+
+    def _write(self, snapshot: Snapshot) -> None:
+        try:
+            write(snapshot, self.shelf)
+        except (CheckpointError, RuntimeError) as error:  # the latter if another rank is gone
+            self._error = error
