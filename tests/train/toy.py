@@ -99,7 +99,7 @@ class ToyStage(Stage):
 
     def critic_loss(self, batch: ToyBatch) -> Tensor:
         noise = (
-            torch.randn(batch.latents.shape) if self.uses_global_noise else batch.latents.flip(0)
+            torch.randn(batch.latents.shape) if self.uses_global_noise else batch.latents.flip(1)
         )
         with torch.no_grad():
             x = self.engine("student")(batch.latents)
