@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, NoReturn
 from configs.errors import UserError
 from configs.load import is_override, load_config, nearest
 from configs.schema import RunConfig
-from launch.steps import process_rank
 from train.memory import keep_freed_memory
+from train.world import process_rank
 
 
 class Verb(NamedTuple):

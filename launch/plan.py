@@ -14,6 +14,7 @@ from launch.export import find_export, read_manifest
 from launch.source import fingerprint, list_videos, write_list
 from launch.steps import Step, is_leader, run_one_step, run_steps
 from models.kv_policies import build_policy
+from train.world import resolve_world
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -207,7 +208,7 @@ def _stage_step(config: RunConfig, name: str) -> Step:
         "head": config.head,
         "window_shards": config.data.window_shards,
         "precision": config.trainer.precision,
-        "ranks": config.trainer.devices * config.trainer.num_nodes,
+        "ranks": resolve_world(config.trainer).size,
     }
     return Step(
         name=name,

@@ -7,6 +7,7 @@ import argparse
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,12 +19,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
+from configs.errors import UserError
 from configs.schema import OptimConfig, RunConfig, StageConfig, TrackingConfig, TrainerConfig
 from train import checkpoint
 from train.fit import Interrupted, fit
 from train.randomness import sample_noise
 from train.ranks import rank, world_size
 from train.stage import Stage
+from train.world import process_rank
 
 WIDTH = 6
 
@@ -79,7 +82,8 @@ class ToyStage(Stage):
         self.mean = torch.zeros(WIDTH)
 
     def update(self, batch: ToyBatch, step: int):
-        self.at_update(step)
+        with self.spans("rollout"):
+            self.at_update(step)
         metrics = {}
         if step % 2 == 0:
             metrics |= self.optimise("student", self.student_loss, self.micro_batches(batch))
@@ -202,13 +206,14 @@ def main(words: list[str]) -> None:
         return
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    for name, default in (("steps", 6), ("zero_stage", 2), ("devices", 1), ("accumulate", 1)):
+    for name, default in (("steps", 6), ("zero_stage", 2), ("devices", 0), ("accumulate", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--clip", type=float, default=1.0)
+    for name, default in (("clip", 1.0), ("hang_seconds", 60.0), ("silence_seconds", 60.0)):
+        parser.add_argument(f"--{name}", type=float, default=default)
     parser.add_argument("--strategy", default="single")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--kind", default="ToyStage")
-    parser.add_argument("--event", default="", help="kill:STEP, term:STEP, int:STEP or save:STEP")
+    parser.add_argument("--event", default="", help="WHAT:STEP[:RANK], see `arrange`")
     parser.add_argument("--no_noise", action="store_true", help="nothing but the data is random")
     arguments = vars(parser.parse_args(words))
     folder, event, kind = (arguments.pop(key) for key in ("folder", "event", "kind"))
@@ -216,7 +221,7 @@ def main(words: list[str]) -> None:
     config = toy_config(**arguments)
     stage = toy_stage(config, globals()[kind])
     stage.uses_global_noise = has_noise
-    arrange(stage, event)
+    arrange(stage, event, ranks=int(os.environ.get("WORLD_SIZE", config.trainer.devices or 1)))
     try:
         train(folder, config, stage)
     except Interrupted as stop:
@@ -229,20 +234,41 @@ def main(words: list[str]) -> None:
         safetensors.torch.save_file(weights, folder / "final.safetensors")
 
 
-def arrange(stage: Stage, event: str) -> None:
-    """Let `event` happen: a signal within a step, or SIGKILL within the save after a step."""
-    what, _, step = event.partition(":")
-    numbers = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT}
-    last = int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1
-    if what in numbers and last:
-        stage.at_update = lambda now: now == int(step) and os.kill(os.getpid(), numbers[what])
-    elif what == "save":
+SIGNALS = {
+    "kill": signal.SIGKILL,
+    "stop": signal.SIGSTOP,
+    "term": signal.SIGTERM,
+    "int": signal.SIGINT,
+}
+
+
+def arrange(stage: Stage, event: str, *, ranks: int) -> None:
+    """Let `event` happen within a step, on the last rank or the one that it names.
+
+    A signal to the process itself; `sleep`, a hang; `raise`, a bug; `refuse`, bad input; and
+    `save`, SIGKILL within the save after a step.
+    """
+    what, step, where = (*event.split(":"), "", "")[:3]
+    if what == "save":
         finish = checkpoint._finish
 
         def die(snapshot, ranks, final):
             return kill() if snapshot.step == int(step) else finish(snapshot, ranks, final)
 
         checkpoint._finish = die
+    elif what and process_rank() == int(where or ranks - 1):
+        stage.at_update = lambda now: happen(what) if now == int(step) else None
+
+
+def happen(what: str) -> None:
+    if what == "sleep":
+        time.sleep(600)
+    elif what == "raise":
+        raise ZeroDivisionError("a bug")
+    elif what == "refuse":
+        raise UserError("the input must fit, found none; give another")
+    else:
+        os.kill(os.getpid(), SIGNALS[what])
 
 
 if __name__ == "__main__":
