@@ -232,6 +232,8 @@ def _place(frame: FrameType) -> str:
         path = path.relative_to(ROOT)
     elif "site-packages" in path.parts:
         path = Path(*path.parts[path.parts.index("site-packages") + 1 :])
+    else:
+        path = Path(*path.parts[-2:])
     return f"{path}:{frame.f_lineno} {frame.f_code.co_name}"
 
 

@@ -12,7 +12,8 @@ import time
 import traceback
 from pathlib import Path
 
-import deepspeed  # noqa: F401
+# What every engine imports as it is built, 5 s of it.
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
 from tests.train import toy
 from tests.train.conftest import free_port
@@ -21,15 +22,26 @@ RANKS = 2
 
 
 def main(results: Path) -> None:
+    """Run all cases at the same time: they mostly wait."""
     cases = json.load(sys.stdin)
-    found = {}
-    for name, words in cases.items():
-        found[name] = run_ranks(words, results.parent / name)
+    started = {name: start_ranks(words, results.parent / name) for name, words in cases.items()}
+    ended = wait_for(list(started.values()), limit=60.0)
+    found = {
+        name: [
+            {
+                "status": ended[pid][0],
+                "seconds": ended[pid][1],
+                "stderr": (results.parent / name / f"stderr-{number}").read_text(),
+            }
+            for number, pid in enumerate(pids)
+        ]
+        for name, pids in started.items()
+    }
     results.write_text(json.dumps(found))
 
 
-def run_ranks(words: list[str], folder: Path) -> list[dict]:
-    """Run one case to its end; a rank that is left after the others, or stopped, is killed."""
+def start_ranks(words: list[str], folder: Path) -> list[int]:
+    """Fork the ranks of one case; their process numbers."""
     folder.mkdir()
     shared = {
         "MASTER_ADDR": "127.0.0.1",
@@ -37,61 +49,55 @@ def run_ranks(words: list[str], folder: Path) -> list[dict]:
         "WORLD_SIZE": str(RANKS),
         "LOCAL_WORLD_SIZE": str(RANKS),
     }
-    start = time.monotonic()
-    ranks = {}
+    pids = []
     for number in range(RANKS):
-        own = {"RANK": str(number), "LOCAL_RANK": str(number)}
         pid = os.fork()
         if pid == 0:
-            os.environ.update(shared | own)
+            os.environ.update(shared | {"RANK": str(number), "LOCAL_RANK": str(number)})
             become_rank([str(folder), *words], folder / f"stderr-{number}")
-        ranks[pid] = number
-    ended = wait_for(ranks, limit=60.0)
-    return [
-        {
-            "status": ended[number][0],
-            "seconds": ended[number][1] - start,
-            "stderr": (folder / f"stderr-{number}").read_text(),
-        }
-        for number in range(RANKS)
-    ]
+        pids.append(pid)
+    return pids
 
 
 def become_rank(words: list[str], stderr: Path) -> None:
     """Run the toy as a program would, with its exit statuses."""
     target = os.open(stderr, os.O_WRONLY | os.O_CREAT)
     os.dup2(target, 2)
-    status = 0
+    status = 1
     try:
         toy.main(words)
+        status = 0
     except SystemExit as end:
         status = int(end.code or 0)
-    except BaseException as error:
+    except toy.UserError:
         traceback.print_exc()
-        status = 2 if isinstance(error, toy.UserError) else 1
+        status = 2
+    except Exception:  # noqa: BLE001  as the interpreter would
+        traceback.print_exc()
     finally:
         sys.stderr.flush()
         os._exit(status)
 
 
-def wait_for(ranks: dict[int, int], *, limit: float) -> dict[int, tuple[int, float]]:
-    """Exit status and end of each rank; what has not ended within the limit is killed.
+def wait_for(cases: list[list[int]], *, limit: float) -> dict[int, tuple[int, float]]:
+    """Exit status and seconds of each rank; what has not ended within the limit is killed.
 
-    A stopped rank is killed as soon as all others have ended.
+    A stopped rank is killed as soon as the others of its case have ended.
     """
-    ended, stopped, deadline = {}, set(), time.monotonic() + limit
-    while len(ended) < len(ranks):
+    ended, stopped, start = {}, set(), time.monotonic()
+    while len(ended) < sum(map(len, cases)):
         pid, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED)
+        now = time.monotonic() - start
         if pid and os.WIFSTOPPED(status):
-            stopped.add(ranks[pid])
+            stopped.add(pid)
         elif pid:
-            ended[ranks[pid]] = (os.waitstatus_to_exitcode(status), time.monotonic())
-        elif time.monotonic() > deadline or len(ended) + len(stopped) == len(ranks):
-            for left, number in ranks.items():
-                if number not in ended:
-                    os.kill(left, signal.SIGKILL)
-        else:
-            time.sleep(0.05)
+            ended[pid] = (os.waitstatus_to_exitcode(status), now)
+        for pids in cases:
+            left = set(pids) - ended.keys()
+            if left and (left <= stopped or now > limit):
+                for one in left:
+                    os.kill(one, signal.SIGKILL)
+        time.sleep(0.02)
     return ended
 
 

@@ -246,7 +246,7 @@ def arrange(stage: Stage, event: str, *, ranks: int) -> None:
     """Let `event` happen within a step, on the last rank or the one that it names.
 
     A signal to the process itself; `sleep`, a hang; `raise`, a bug; `refuse`, bad input; and
-    `save`, SIGKILL within the save after a step.
+    `save`, SIGKILL within the save after a step. `slow:SECONDS` is what every step waits.
     """
     what, step, where = (*event.split(":"), "", "")[:3]
     if what == "save":
@@ -256,6 +256,8 @@ def arrange(stage: Stage, event: str, *, ranks: int) -> None:
             return kill() if snapshot.step == int(step) else finish(snapshot, ranks, final)
 
         checkpoint._finish = die
+    elif what == "slow":
+        stage.at_update = lambda now: time.sleep(float(step))
     elif what and process_rank() == int(where or ranks - 1):
         stage.at_update = lambda now: happen(what) if now == int(step) else None
 
