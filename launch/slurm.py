@@ -1,7 +1,6 @@
-"""An sbatch script that trains on many nodes and puts itself back into the queue until it is done."""
+"""An sbatch script that trains on many nodes and queues up again until the training is done."""
 
 import argparse
-import os
 import re
 import shlex
 import sys
@@ -12,7 +11,7 @@ from configs.errors import UserError
 from configs.load import load_config, nearest
 from configs.schema import RunConfig
 from launch.plan import check_stages, run_folder
-from launch.steps import say
+from launch.steps import DONE, say
 from train.world import SLURM, World, check_world
 
 NOTICE_SECONDS = 300
@@ -24,7 +23,6 @@ TEMPLATE = """\
 #!/bin/bash
 {directives}
 
-# Of: {origin}
 # SIGUSR1 comes before the time limit, SIGTERM at a preemption. Both are passed on to the tasks,
 # which write a whole checkpoint and end with 0. After SIGUSR1 the job queues up again.
 
@@ -56,9 +54,10 @@ while :; do
   if [ "$was_woken" = no ]; then break; fi
 done
 
-# 138 is a task that SIGUSR1 ended outside of training, in a step that continues, too.
-if [ "$was_notified" = yes ] && {{ [ "$status" -eq 0 ] || [ "$status" -eq 138 ]; }}; then
-  echo "out of time; job $SLURM_JOB_ID queues up again"
+# 138: SIGUSR1 ended a task outside of training, in a step that continues next time.
+if [ "$was_notified" = yes ] && [ ! -e {done} ] &&
+  {{ [ "$status" -eq 0 ] || [ "$status" -eq 138 ]; }}; then
+  echo "out of time, and not done; job $SLURM_JOB_ID queues up again"
   scontrol requeue "$SLURM_JOB_ID"
   exit $?
 fi
@@ -90,6 +89,11 @@ def write_script(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config)
     _check(config, arguments)
     logs = run_folder(config) / "slurm"
+    if re.search(r'["%\\\s]', str(logs.resolve())):
+        raise UserError(
+            f"runs_dir must lie where SLURM can write a log, found {str(logs.resolve())!r}; choose a "
+            "path without spaces, quotes, backslashes and '%'"
+        )
     logs.mkdir(parents=True, exist_ok=True)  # SLURM makes no folders, and loses the log
     script = build_script(
         _command(arguments),
@@ -99,6 +103,7 @@ def write_script(arguments: argparse.Namespace) -> None:
         uses_gpus=config.trainer.accelerator != "cpu",
         job_name=arguments.job_name or config.name,
         logs=logs.resolve(),
+        done=_last_record(config, arguments).resolve(),
         limits={key: getattr(arguments, key) for key in ("time", "partition", "account")},
     )
     if arguments.out is None:
@@ -125,6 +130,7 @@ def build_script(
     uses_gpus: bool,
     job_name: str,
     logs: Path,
+    done: Path,
     limits: dict[str, str | None],
 ) -> str:
     """The text of the script.
@@ -137,6 +143,7 @@ def build_script(
         uses_gpus: Whether to ask for GPUs at all.
         job_name: Of the job.
         logs: Folder of its log, which must exist.
+        done: File that is there when the work is done.
         limits: Further options by name; None = left out.
     """
     options = {
@@ -152,12 +159,10 @@ def build_script(
         "output": f'"{logs}/%x-%j.log"',
     }
     given = {key: value for key, value in options.items() if value is not None}
-    directives = [
-        f"#SBATCH --{key}" + (f"={value}" if value else "") for key, value in given.items()
-    ]
+    directives = [f"#SBATCH --{key}={value}".removesuffix("=") for key, value in given.items()]
     return TEMPLATE.format(
         directives="\n".join(directives),
-        origin=" ".join(shlex.quote(word) for word in command[1:]),
+        done=shlex.quote(str(done)),
         folder=shlex.quote(str(Path.cwd())),
         first_port=FIRST_PORT,
         num_ports=NUM_PORTS,
@@ -169,8 +174,20 @@ def build_script(
 
 
 def _command(arguments: argparse.Namespace) -> list[str]:
-    words = [os.path.abspath(sys.executable), "-m", "launch", arguments.verb, *arguments.config]
+    words = [
+        str(Path(sys.executable).absolute()),
+        "-m",
+        "launch",
+        arguments.verb,
+        *arguments.config,
+    ]
     return words + (["--stage", arguments.stage] if arguments.stage else [])
+
+
+def _last_record(config: RunConfig, arguments: argparse.Namespace) -> Path:
+    """The record that the last step of the work leaves."""
+    last = "report" if config.evaluate.stages else list(config.stages)[-1]
+    return run_folder(config) / (arguments.stage or last) / DONE
 
 
 def _check(config: RunConfig, arguments: argparse.Namespace) -> None:
