@@ -91,8 +91,8 @@ def write_script(arguments: argparse.Namespace) -> None:
     logs = run_folder(config) / "slurm"
     if re.search(r'["%\\\s]', str(logs.resolve())):
         raise UserError(
-            f"runs_dir must lie where SLURM can write a log, found {str(logs.resolve())!r}; choose a "
-            "path without spaces, quotes, backslashes and '%'"
+            f"runs_dir must lie where SLURM can write a log, found {str(logs.resolve())!r}; choose "
+            "a path without spaces, quotes, backslashes and '%'"
         )
     logs.mkdir(parents=True, exist_ok=True)  # SLURM makes no folders, and loses the log
     script = build_script(
