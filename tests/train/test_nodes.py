@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from launch.__main__ import main
 from launch.export import load_export
-from tests.train.conftest import free_port
+from tests.train.conftest import ROOT, free_port
+from tests.train.forks import run_cases
 
-ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "configs" / "tiny.yaml")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
@@ -57,9 +57,9 @@ class Nodes:
         command = ["ip", "link", "delete", self.interfaces[0]]
         subprocess.run(command, check=False, capture_output=True, timeout=20)
 
-    def start(self, number: int, command: list, **environ: str) -> subprocess.Popen:
+    def start(self, number: int, command: list) -> subprocess.Popen:
         """Start a command on a node; it is killed if it hangs."""
-        own = environ | {"GLOO_SOCKET_IFNAME": self.interfaces[number]}
+        own = {"GLOO_SOCKET_IFNAME": self.interfaces[number]}
         words = ["ip", "netns", "exec", self.names[number], "timeout", "-k", "10", "120"]
         return subprocess.Popen([*words, *map(str, command)], env=clean_environ(own), cwd=ROOT)
 
@@ -122,23 +122,41 @@ def torchrun(nodes: Nodes, number: int, rendezvous: str, port: str) -> list[str]
     ]
 
 
-@pytest.mark.parametrize("launcher", ["variables", pytest.param("static", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module")
+def trained(nodes, tmp_path_factory) -> Path:
+    """Folders `one` and `two`: the same training by two ranks on one node, and by two nodes."""
+    environs = [
+        {"GLOO_SOCKET_IFNAME": interface, "MASTER_ADDR": nodes.addresses[0]}
+        for interface in nodes.interfaces
+    ]
+    two = [
+        {"namespace": name, "environ": environ}
+        for name, environ in zip(nodes.names, environs, strict=True)
+    ]
+    words = ["--strategy", "deepspeed"]
+    folder = tmp_path_factory.mktemp("nodes")
+    found = run_cases({"one": {"words": words}, "two": {"words": words, "nodes": two}}, folder)
+    for name, ranks in found.items():
+        assert [rank["status"] for rank in ranks] == [0, 0], (name, ranks)
+    return folder
+
+
 @pytest.mark.timeout(200)
-def test_two_nodes_train_to_the_bits_of_two_ranks_on_one(nodes, tmp_path, one_node, launcher):
+def test_two_nodes_train_to_the_bits_of_two_ranks_on_one(nodes, trained):
+    same_tensors(trained / "one" / "final.safetensors", trained / "two" / "final.safetensors")
+    assert bytes_sent(nodes) > 10_000  # the ranks have talked over the link
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_torchrun_with_a_fixed_address_starts_one_rank_per_node(nodes, trained, tmp_path):
     toy = ["-m", "tests.train.toy", tmp_path / "run", "--strategy", "deepspeed"]
-    port, before = str(free_port()), bytes_sent(nodes)
-    processes = []
-    for number in range(2):
-        if launcher == "variables":
-            own = {"RANK": str(number), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
-            own |= {"LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": nodes.addresses[0]}
-            process = nodes.start(number, [sys.executable, *toy], MASTER_PORT=port, **own)
-        else:
-            process = nodes.start(number, [*torchrun(nodes, number, launcher, port), *toy])
-        processes.append(process)
+    port = str(free_port())
+    processes = [
+        nodes.start(number, [*torchrun(nodes, number, "static", port), *toy]) for number in range(2)
+    ]
     assert [process.wait() for process in processes] == [0, 0]
-    same_tensors(one_node / "final.safetensors", tmp_path / "run" / "final.safetensors")
-    assert bytes_sent(nodes) - before > 10_000  # the ranks have talked over the link
+    same_tensors(trained / "one" / "final.safetensors", tmp_path / "run" / "final.safetensors")
 
 
 @pytest.mark.slow
@@ -164,11 +182,3 @@ def test_a_stage_on_two_nodes_ends_with_the_weights_of_two_ranks_on_one(nodes, t
     )
     exports = [load_export(tmp_path / runs / "tiny" / "teacher") for runs in ("one", "two")]
     assert exports[0].manifest["files"] == exports[1].manifest["files"]
-
-
-@pytest.fixture(scope="module")
-def one_node(run_toy, tmp_path_factory) -> Path:
-    """The same training by two ranks on one node."""
-    folder = tmp_path_factory.mktemp("one") / "run"
-    assert run_toy(folder, "--strategy", "deepspeed", ranks=2) == [0, 0]
-    return folder

@@ -1,4 +1,3 @@
-import json
 import os
 import re
 import signal
@@ -13,6 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from configs.errors import UserError
+from tests.train.forks import run_cases
 from train.health import (
     BROKEN,
     DONE,
@@ -26,7 +26,7 @@ from train.health import (
 
 ROOT = Path(__file__).parents[2]
 SILENCE, HANG = 4, 8
-LATE = 25
+LATE = 40
 """Seconds within which a job of two ranks has started, met its event and ended, at the latest."""
 
 
@@ -161,12 +161,11 @@ CASES = {
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     """What became of both ranks in every case: exit status, seconds, standard error."""
-    results = tmp_path_factory.mktemp("watchdog") / "results.json"
-    cases = {name: ["--strategy", "deepspeed", *map(str, words)] for name, words in CASES.items()}
-    environ = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    command = ["timeout", "-k", "10", "280", sys.executable, "-m", "tests.train.forks", results]
-    subprocess.run(command, input=json.dumps(cases), text=True, env=environ, cwd=ROOT, check=True)
-    return json.loads(results.read_text())
+    cases = {
+        name: {"words": ["--strategy", "deepspeed", *map(str, words)]}
+        for name, words in CASES.items()
+    }
+    return run_cases(cases, tmp_path_factory.mktemp("watchdog"))
 
 
 def last_line(rank) -> str:
