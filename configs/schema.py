@@ -325,19 +325,27 @@ class TrainerConfig:
     """Keep masters and optimiser states in host memory; for `deepspeed` above ZeRO-0."""
     persistent_params: int = 100_000
     """Under ZeRO-3, parameters with no more elements stay whole on every rank."""
-    devices: int = 1
-    """Processes per node."""
-    num_nodes: int = 1
+    devices: int = 0
+    """Processes per node; 0 = as many as the launcher started, one without a launcher."""
+    num_nodes: int = 0
+    """0 = what the launcher says."""
     accelerator: str = "auto"
     precision: str = "fp32"
     threads: int = 2
     """CPU threads of each process; 0 leaves the choice to torch."""
+    hang_seconds: float = 1800.0
+    """A job of several ranks ends if none has made progress for so long; 0 = never."""
+    silence_seconds: float = 120.0
+    """It ends if a rank has given no sign of life for so long."""
 
     def __post_init__(self) -> None:
         require_choice("trainer.strategy", self.strategy, ("single", "ddp", "deepspeed"))
         require_choice("trainer.precision", self.precision, ("fp32", "bf16"))
         require_choice("trainer.accelerator", self.accelerator, ("auto", "cpu", "gpu"))
-        require_positive(self, "devices", "num_nodes")
+        require_positive(self, "silence_seconds")
+        for name in ("devices", "num_nodes", "hang_seconds"):
+            value = getattr(self, name)
+            require(value >= 0, f"trainer.{name} must not be negative, found {value}")
         require(
             self.zero_stage in (0, 1, 2, 3),
             f"trainer.zero_stage must be 0, 1, 2 or 3, found {self.zero_stage}",
@@ -352,9 +360,10 @@ class TrainerConfig:
             f"trainer.persistent_params must not be negative, found {self.persistent_params}",
         )
         require(
-            self.strategy != "single" or self.devices * self.num_nodes == 1,
-            "trainer.strategy=single runs one process, found trainer.devices x trainer.num_nodes = "
-            f"{self.devices * self.num_nodes}; set trainer.strategy to ddp or deepspeed",
+            self.strategy != "single" or (self.devices <= 1 and self.num_nodes <= 1),
+            "trainer.strategy=single runs one process, found "
+            f"trainer.devices={self.devices} and trainer.num_nodes={self.num_nodes}; set "
+            "trainer.strategy to ddp or deepspeed",
         )
 
 

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, NoReturn
 from configs.errors import UserError
 from configs.load import is_override, load_config, nearest
 from configs.schema import RunConfig
-from launch.steps import process_rank
 from train.memory import keep_freed_memory
+from train.world import process_rank
 
 
 class Verb(NamedTuple):
@@ -179,6 +179,19 @@ def _sample_arguments(parser: argparse.ArgumentParser) -> None:
     add_arguments(parser)
 
 
+def _slurm_arguments(parser: argparse.ArgumentParser) -> None:
+    from launch.slurm import add_arguments
+
+    _config_arguments(parser)
+    add_arguments(parser)
+
+
+def _slurm(arguments: argparse.Namespace) -> None:
+    from launch.slurm import write_script
+
+    write_script(arguments)
+
+
 def _run(arguments: argparse.Namespace) -> None:
     from launch.plan import run
 
@@ -291,6 +304,13 @@ VERBS: dict[str, Verb] = {
         "fit configs/demo.yaml --stage teacher stages.teacher.steps=50",
         _fit_arguments,
         _fit,
+    ),
+    "slurm": Verb(
+        "Check a plan and write the sbatch script that carries it out on many nodes.",
+        "slurm configs/demo.yaml trainer.strategy=deepspeed --nodes 2 --gpus-per-node 8 "
+        "--time 24:00:00 --out demo.sbatch",
+        _slurm_arguments,
+        _slurm,
     ),
     "sample": Verb(
         "Generate a video of any length under a cache policy.",

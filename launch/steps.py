@@ -20,6 +20,7 @@ from typing import Any
 
 from configs.errors import UserError
 from configs.load import config_hash, to_dict
+from train.world import process_rank
 
 RESULTS_VERSION = 3
 """Part of every key; raise it when a step gives other results from the same settings."""
@@ -182,14 +183,6 @@ def hold_lock(root: Path) -> Iterator[None]:
             yield
         finally:
             file.truncate(0)
-
-
-def process_rank() -> int:
-    """Number of this process in a distributed launch, before any process group exists."""
-    for variable in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
-        if variable in os.environ:
-            return int(os.environ[variable])
-    return 0
 
 
 def is_leader() -> bool:

@@ -43,7 +43,7 @@ def test_every_command_works(tmp_path):
     run(["-m", "launch", "run", "configs/tiny.yaml", "name=demo"])
     commands = launch_commands()
     verbs = {"run", "show", "world", "ingest", "encode", "fit", "sample", "evaluate", "export"}
-    verbs |= {"bench"}
+    verbs |= {"bench", "slurm"}
     assert {words[2] for words in commands if words[1] == "launch"} == verbs
     for words in commands:
         run(words + SMALLER.get(words[3], []) if words[2] == "bench" else words)
@@ -51,4 +51,5 @@ def test_every_command_works(tmp_path):
     assert (tmp_path / "runs/demo/again/results.json").is_file()
     assert (tmp_path / "weights/manifest.json").is_file()
     assert (tmp_path / "runs/parts/teacher/DONE.json").is_file()
+    assert "srun" in (tmp_path / "tiny.sbatch").read_text()
     assert (tmp_path / "runs/two/evaluate/results.json").is_file()

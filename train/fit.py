@@ -1,6 +1,7 @@
 """Train one stage: Lightning's loop, our engines, checkpoints and records put together."""
 
 import logging
+import os
 import signal
 import warnings
 from collections.abc import Callable, Mapping
@@ -9,6 +10,12 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.plugins import ClusterEnvironment
+from lightning.fabric.plugins.environments import (
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from torch import Tensor
 
 from configs.load import to_dict
@@ -18,6 +25,8 @@ from train.callbacks import Checkpoints, Progress, Records, SampleVideos, StopSi
 from train.stage import Stage
 from train.strategy import build_strategy, uses_gpu
 from train.tracking import JsonlLogger
+from train.watchdog import Watchdog
+from train.world import SLURM, TORCHRUN, World, resolve_world
 
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
@@ -102,7 +111,8 @@ def fit(
     signals = StopSignals()
     shelf = checkpoint.Shelf(folder / CHECKPOINTS, stage.config.keep, stage.config.keep_every)
     checkpoints = Checkpoints(shelf, every=stage.config.checkpoint_every, signals=signals)
-    callbacks: list[L.Callback] = []
+    watchdog = Watchdog(config.trainer)
+    callbacks: list[L.Callback] = [watchdog]
     if decode is not None and stage.config.sample_every > 0:
         every = stage.config.sample_every
         callbacks.append(SampleVideos(folder / SAMPLES, every=every, decode=decode, fps=fps))
@@ -111,7 +121,7 @@ def fit(
     callbacks += [checkpoints, Records(config.tracking, folder=folder, name=name)]
     callbacks.append(Progress(stage_name))
     trainer = build_trainer(config, folder, callbacks, num_batches=stage.config.steps - done)
-    with signals:
+    with signals, watchdog:
         trainer.fit(stage, datamodule=datamodule)
     if checkpoints.stopped:
         if signals.received == signal.SIGINT:
@@ -123,11 +133,13 @@ def build_trainer(
     config: RunConfig, folder: Path, callbacks: list[L.Callback], *, num_batches: int
 ) -> L.Trainer:
     """A Lightning trainer that does nothing but loop: all else is in `callbacks`."""
+    world = resolve_world(config.trainer)
     return L.Trainer(
         accelerator="gpu" if uses_gpu(config.trainer) else "cpu",
         strategy=build_strategy(config.trainer),
-        devices=config.trainer.devices,
-        num_nodes=config.trainer.num_nodes,
+        devices=world.devices,
+        num_nodes=world.num_nodes,
+        plugins=[build_environment(world)],
         precision="32-true",  # bfloat16 is autocast, in Stage
         max_epochs=1,
         limit_train_batches=num_batches,
@@ -140,6 +152,19 @@ def build_trainer(
         use_distributed_sampler=False,
         default_root_dir=folder,
     )
+
+
+def build_environment(world: World) -> ClusterEnvironment:
+    """Lightning's view of the launcher; chosen here, for its own guess takes shells for tasks."""
+    if world.launcher == TORCHRUN:
+        return TorchElasticEnvironment()
+    if world.launcher == SLURM:
+        # Lightning reads the numbers of the job; those of the step are what runs.
+        os.environ["SLURM_NTASKS"] = str(world.size)
+        os.environ["SLURM_NTASKS_PER_NODE"] = str(world.devices)
+        os.environ["SLURM_NNODES"] = str(world.num_nodes)
+        return SLURMEnvironment(auto_requeue=False)
+    return LightningEnvironment()
 
 
 def identity(config: RunConfig, stage_name: str, *, seed: int) -> dict[str, Any]:

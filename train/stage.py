@@ -21,6 +21,7 @@ from configs.schema import StageConfig
 from train.checkpoint import Snapshot, capture
 from train.engine import Engine, EngineSpec
 from train.ranks import world_size
+from train.spans import Spans
 from train.tracking import MetricWindow
 
 
@@ -47,6 +48,7 @@ class Stage(L.LightningModule):
         frames_per_block: Latent frames denoised together.
         frame_seq_len: Tokens per latent frame.
         metrics: What has been reported since the last row of metrics.
+        spans: Where the time of the steps goes.
     """
 
     params_type: ClassVar[type]
@@ -86,6 +88,7 @@ class Stage(L.LightningModule):
         self.completed = 0
         self.counters: dict[str, int] = {}
         self.metrics = MetricWindow()
+        self.spans = Spans()
         self.uses_bf16 = False
         self.identity: dict[str, Any] = {}
         """What a checkpoint must have in common with the run that continues it."""

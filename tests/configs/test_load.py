@@ -88,6 +88,9 @@ def test_a_saved_config_reads_back_equal(base, tmp_path):
         ("evaluate.frames=[24]", r"must all be above evaluate\.prefix_frames=24"),
         ("evaluate.budgets=[23]", r"evaluate\.budgets must hold sink and recent frames, 24 tokens"),
         ("trainer.devices=2", r"trainer\.strategy=single runs one process"),
+        ("trainer.devices=-1", r"trainer\.devices must not be negative, found -1"),
+        ("trainer.hang_seconds=-1", r"trainer\.hang_seconds must not be negative, found -1"),
+        ("trainer.silence_seconds=0", r"trainer\.silence_seconds must be above 0, found 0"),
         ("trainer.zero_stage=3", r"trainer\.zero_stage must be 0, 1 or 2, found 3"),
     ],
 )

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+import train.distill
 from configs.errors import ConfigError
 from configs.schema import StageConfig
 from data.datamodule import SwitchBatch
@@ -77,6 +78,36 @@ def test_the_student_waits_while_only_the_critic_learns():
     student = weights_of(stage.networks["student"])
     assert "loss/student" not in stage.update(batch(), 1)
     assert not changed(stage.networks["student"], student)
+
+
+def test_ranks_draw_the_same_choices_from_seed_and_step_without_a_word(monkeypatch):
+    """Exit step, prefix and budget; the ranks have other samples and other global generators."""
+
+    def draws(first_seed: int) -> list:
+        torch.manual_seed(first_seed)
+        stage = distill(prefix_frames=[2, 4, 8], budgets=[30, 36, 60])
+        seen = []
+        blocks, caches = train.distill.denoise_block, train.distill.make_cache
+
+        def block(*args, grad_step, **rest):
+            seen.append(("exit", grad_step))
+            return blocks(*args, grad_step=grad_step, **rest)
+
+        def cache(*args, spec, **rest):
+            seen.append(("budget", spec.budget_tokens))
+            return caches(*args, spec=spec, **rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train.distill, "denoise_block", block)
+            patch.setattr(train.distill, "make_cache", cache)
+            for step in range(8):
+                _, judged = stage.rollout(batch(first_seed=first_seed), step, grad=False)
+                seen.append(("judged", judged.shape, int(judged.sum())))
+        return seen
+
+    one = draws(10)
+    assert one == draws(500)
+    assert all(len({draw for draw in one if draw[0] == name}) > 1 for name in ("exit", "budget"))
 
 
 def test_with_clean_context_the_judged_window_keeps_its_prefix():

@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
+from configs.errors import UserError
 from configs.schema import OptimConfig, RunConfig, StageConfig, TrackingConfig, TrainerConfig
 from train import checkpoint
 from train.engine import NonFiniteGradientError
@@ -26,6 +28,7 @@ from train.fit import Interrupted, fit
 from train.randomness import sample_noise
 from train.ranks import rank, world_size
 from train.stage import Stage
+from train.world import process_rank
 
 WIDTH = 6
 
@@ -82,7 +85,8 @@ class ToyStage(Stage):
         self.mean = torch.zeros(WIDTH)
 
     def update(self, batch: ToyBatch, step: int):
-        self.at_update(step)
+        with self.spans("rollout"):
+            self.at_update(step)
         metrics = {}
         if step % 2 == 0:
             metrics |= self.optimise("student", self.student_loss, self.micro_batches(batch))
@@ -205,16 +209,17 @@ def main(words: list[str]) -> None:
         return
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    numbers = {"steps": 6, "zero_stage": 2, "devices": 1, "batch": 4, "micro_batch": 0}
+    numbers = {"steps": 6, "zero_stage": 2, "devices": 0, "batch": 4, "micro_batch": 0}
     for name, default in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--clip", type=float, default=1.0)
+    for name, default in (("clip", 1.0), ("hang_seconds", 60.0), ("silence_seconds", 60.0)):
+        parser.add_argument(f"--{name}", type=float, default=default)
     parser.add_argument("--strategy", default="single")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--kind", default="ToyStage")
     parser.add_argument("--persistent_params", type=int, default=0)
     parser.add_argument("--offload_optimizer", action="store_true")
-    parser.add_argument("--event", default="", help="see `arrange`")
+    parser.add_argument("--event", default="", help="WHAT:STEP[:RANK], see `arrange`")
     parser.add_argument("--no_noise", action="store_true", help="nothing but the data is random")
     arguments = vars(parser.parse_args(words))
     folder, event, kind = (arguments.pop(key) for key in ("folder", "event", "kind"))
@@ -222,7 +227,7 @@ def main(words: list[str]) -> None:
     config = toy_config(**arguments)
     stage = toy_stage(config, globals()[kind])
     stage.uses_global_noise = has_noise
-    arrange(stage, event)
+    arrange(stage, event, ranks=int(os.environ.get("WORLD_SIZE", config.trainer.devices or 1)))
     try:
         train(folder, config, stage)
     except Interrupted as stop:
@@ -243,18 +248,32 @@ def save_weights(stage: Stage, path: Path) -> None:
         safetensors.torch.save_file(weights, path)
 
 
-def arrange(stage: Stage, event: str) -> None:
+def arrange(stage: Stage, event: str, *, ranks: int) -> None:
     """Let `event` happen: WHAT:STEP[:RANK], by default on the last rank.
 
-    kill, term, int: a signal within a step, after its first update. nan: a poisoned batch. save,
-    saved: SIGKILL within the writing of the rank's file, or after it. pointer: SIGKILL between the
-    appearance of the checkpoint and the pointer to it (what rank 0 alone does).
+    kill, stop, term, int: a signal within a step, after its first update. sleep: a hang. raise: a
+    bug. refuse: bad input. nan: a poisoned batch. save, saved: SIGKILL within the writing of the
+    rank's file, or after it. pointer: SIGKILL between the appearance of the checkpoint and the
+    pointer to it (what rank 0 alone does). slow:SECONDS: what every step of every rank waits.
     """
-    what, _, rest = event.partition(":")
-    step, _, place = rest.partition(":")
-    last = int(os.environ.get("WORLD_SIZE", 1)) - 1
-    if what and int(os.environ.get("RANK", 0)) == int(place or last):
+    what, step, place = (*event.split(":"), "", "")[:3]
+    if what == "slow":
+        stage.at_update = lambda now: time.sleep(float(step))
+    elif what and process_rank() == int(place or ranks - 1):
         EVENTS[what](stage, int(step))
+
+
+def meet(action):
+    """An event: do `action` at the start of the step."""
+
+    def arranged(stage: Stage, step: int) -> None:
+        stage.at_update = lambda now: action() if now == step else None
+
+    return arranged
+
+
+def fail(error):
+    raise error
 
 
 def send(number: int):
@@ -306,6 +325,10 @@ EVENTS = {
     "kill": send(signal.SIGKILL),
     "term": send(signal.SIGTERM),
     "int": send(signal.SIGINT),
+    "stop": send(signal.SIGSTOP),
+    "sleep": meet(lambda: time.sleep(600)),
+    "raise": meet(lambda: fail(ZeroDivisionError("a bug"))),
+    "refuse": meet(lambda: fail(UserError("the input must fit, found none; give another"))),
     "nan": poison,
     "save": kill_in_save,
     "saved": kill_when_saved,
