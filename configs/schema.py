@@ -323,6 +323,12 @@ class TrainerConfig:
     precision: str = "fp32"
     threads: int = 2
     """CPU threads of each process; 0 leaves the choice to torch."""
+    activation_checkpointing: bool = False
+    """Keep only the inputs of a trained transformer's layers for the backward pass and compute the
+    rest again there: less memory, about a third more time, the same gradients."""
+    compile: bool = False
+    """Compile the transformers' layers; the first steps then take minutes, and numbers differ by
+    rounding."""
 
     def __post_init__(self) -> None:
         require_choice("trainer.strategy", self.strategy, ("single", "deepspeed"))
@@ -349,8 +355,20 @@ class TrackingConfig:
     """`auto` is online with a key and offline without one."""
     project: str = "pafukv"
     group: str = ""
+    alarm_factor: float = 4.0
+    """Growth of a loss over its best earlier mean that is an alarm, see `train/alarms.py`; 0 = no
+    alarms."""
+    alarm_rows: int = 5
+    """Rows of metrics in each such mean; 0 = no alarms."""
 
     def __post_init__(self) -> None:
+        require(
+            self.alarm_factor == 0 or self.alarm_factor > 1,
+            f"tracking.alarm_factor must be above 1, or 0 for no alarms, found {self.alarm_factor}",
+        )
+        require(
+            self.alarm_rows >= 0, f"tracking.alarm_rows must not be negative, found {self.alarm_rows}"
+        )
         require_choice("tracking.wandb", self.wandb, ("auto", "offline", "online", "off"))
 
 

@@ -1,7 +1,7 @@
 """Command line: `python -m launch VERB ...`.
 
 Exit status 0: done, or stopped by SIGTERM with a checkpoint; 2: bad input, one sentence on stderr;
-130: Ctrl-C. Anything else is a bug and shows a traceback.
+130: Ctrl-C; 1 after `replay`: the failed step is finite here. Anything else is a bug and shows a traceback.
 """
 
 import argparse
@@ -150,6 +150,18 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder, such as runs/demo")
 
 
+def _replay_arguments(parser: argparse.ArgumentParser) -> None:
+    from launch.replay import add_arguments
+
+    add_arguments(parser)
+
+
+def _replay(arguments: argparse.Namespace) -> None:
+    from launch.replay import run
+
+    run(arguments)
+
+
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("ckpt", type=Path, metavar="CKPT", help="stage folder, or an export")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder")
@@ -291,6 +303,12 @@ VERBS: dict[str, Verb] = {
         "fit configs/demo.yaml --stage teacher stages.teacher.steps=50",
         _fit_arguments,
         _fit,
+    ),
+    "replay": Verb(
+        "Repeat the steps up to one that was not finite and take it apart, sample by sample.",
+        "replay runs/demo/distill",
+        _replay_arguments,
+        _replay,
     ),
     "sample": Verb(
         "Generate a video of any length under a cache policy.",

@@ -70,9 +70,7 @@ class Block(nn.Module):
             text: Embedded caption.  [B, T, E]
             around: The rest.
         """
-        parts = self.split_modulation(time)
-        normed = self.modulate(x, parts[0], parts[1])
-        raw_queries, raw_keys, values = self.self_attn.project(normed, normed)
+        parts, raw_queries, raw_keys, values = self.begin(x, time)
         queries, keys = rotate(raw_queries, around.angles), rotate(raw_keys, around.angles)
         projected = Projected(raw_queries, queries, raw_keys, keys, values)
         first = around.first
@@ -88,6 +86,22 @@ class Block(nn.Module):
         if x.shape[1]:
             x = self.finish(x, attended, text, parts)
         return x, projected
+
+    def begin(
+        self, x: Tensor, time: Tensor
+    ) -> tuple[tuple[Tensor, ...], Tensor, Tensor, Tensor]:
+        """All that precedes the self-attention of a layer.
+
+        Args:
+            x: The layer's input.  [B, S, E]
+            time: Modulation of each frame.  [B, F, 6, E]
+
+        Returns:
+            Parts of the modulation; queries, keys and values before rotation, [B, N, S, D] each.
+        """
+        parts = self.split_modulation(time)
+        normed = self.modulate(x, parts[0], parts[1])
+        return parts, *self.self_attn.project(normed, normed)
 
     def match_prompt(self, x: Tensor, text: Tensor) -> Tensor:
         """Largest cosine of each token's cross-attention query with a text row's key, head mean.

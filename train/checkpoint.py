@@ -147,9 +147,14 @@ def restore_random(folder: Path) -> None:
     set_generator_states(words, entry["meta"]["random"])
 
 
-def newest_whole(folder: Path) -> Path | None:
-    """The whole checkpoint with the most steps below `folder`, if there is one."""
-    whole = _whole(folder)
+def newest_whole(folder: Path, *, before: int | None = None) -> Path | None:
+    """The whole checkpoint with the most steps below `folder`, if there is one.
+
+    Args:
+        folder: Of all checkpoints of the stage.
+        before: Only those with fewer steps.
+    """
+    whole = [path for path in _whole(folder) if before is None or step_of(path) < before]
     return whole[-1] if whole else None
 
 
@@ -256,10 +261,10 @@ def _whole(folder: Path) -> list[Path]:
 def _check_fits(stage: "Stage", described: Mapping[str, Any], folder: Path) -> None:
     if described["identity_hash"] != config_hash(stage.identity):
         own = json.loads(json.dumps(stage.identity))
-        differing = _differences(described["identity"], own)
+        differing = differences(described["identity"], own)
         raise CheckpointError(
             f"{folder} must come from the configuration of this run; other values: "
-            f"{'; '.join(differing)}; set them back, or remove the stage's folder to start it anew"
+            f"{'; '.join(differing)}; set them back, or start the stage anew with --restart"
         )
     if described["world_size"] != world_size():
         raise CheckpointError(
@@ -268,14 +273,14 @@ def _check_fits(stage: "Stage", described: Mapping[str, Any], folder: Path) -> N
         )
 
 
-def _differences(saved: Any, own: Any, key: str = "") -> list[str]:
+def differences(saved: Any, own: Any, key: str = "") -> list[str]:
     """`key: saved value -> own value` for every leaf that differs."""
     if isinstance(saved, dict) and isinstance(own, dict):
         names = list(saved) + [name for name in own if name not in saved]
         return [
             line
             for name in names
-            for line in _differences(
+            for line in differences(
                 saved.get(name), own.get(name), f"{key}.{name}" if key else str(name)
             )
         ]

@@ -15,7 +15,8 @@ from configs.load import to_dict
 from configs.schema import FREE_STAGE_KEYS, RunConfig
 from train import checkpoint
 from train.callbacks import Checkpoints, Progress, Records, SampleVideos, StopSignals
-from train.stage import Stage
+from train.failures import Failures
+from train.stage import NonFiniteError, Stage
 from train.strategy import build_strategy, uses_gpu
 from train.tracking import JsonlLogger
 
@@ -91,11 +92,10 @@ def fit(
         Interrupted: If SIGTERM or SIGUSR1 ended training early.
         KeyboardInterrupt: If Ctrl-C did.
         CheckpointError: If the newest checkpoint does not fit or cannot be written.
+        TrainingFailure: If a loss or a gradient is not finite.
     """
     prepare_process(config)
-    stage.uses_bf16 = config.trainer.precision == "bf16"
-    stage.identity = identity(config, stage_name, seed=stage.seed)
-    stage.identity["inputs"] = dict(input_hashes or {})
+    attach_config(stage, config, stage_name, input_hashes=input_hashes or {})
     newest = checkpoint.newest_whole(folder / CHECKPOINTS)
     done = checkpoint.step_of(newest) if newest is not None else 0
     datamodule.start_batch = done  # type: ignore[attr-defined]
@@ -106,7 +106,8 @@ def fit(
         keep=stage.config.keep,
         signals=signals,
     )
-    callbacks: list[L.Callback] = []
+    failures = Failures(folder, checkpoints=folder / CHECKPOINTS)
+    callbacks: list[L.Callback] = [failures]
     if decode is not None and stage.config.sample_every > 0:
         every = stage.config.sample_every
         callbacks.append(SampleVideos(folder / SAMPLES, every=every, decode=decode, fps=fps))
@@ -115,12 +116,24 @@ def fit(
     callbacks += [checkpoints, Records(config.tracking, folder=folder, name=name)]
     callbacks.append(Progress(stage_name))
     trainer = build_trainer(config, folder, callbacks, num_batches=stage.config.steps - done)
-    with signals:
-        trainer.fit(stage, datamodule=datamodule)
+    try:
+        with signals:
+            trainer.fit(stage, datamodule=datamodule)
+    except NonFiniteError as error:
+        raise failures.error() from error
     if checkpoints.stopped:
         if signals.received == signal.SIGINT:
             raise KeyboardInterrupt
         raise Interrupted(stage.completed)
+
+
+def attach_config(
+    stage: Stage, config: RunConfig, stage_name: str, *, input_hashes: Mapping[str, str]
+) -> None:
+    """Tell a stage the precision of its run, and what its checkpoints are bound to."""
+    stage.uses_bf16 = config.trainer.precision == "bf16"
+    stage.identity = identity(config, stage_name, seed=stage.seed)
+    stage.identity["inputs"] = dict(input_hashes)
 
 
 def build_trainer(

@@ -208,7 +208,7 @@ def main(words: list[str]) -> None:
     parser.add_argument("--strategy", default="single")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--kind", default="ToyStage")
-    parser.add_argument("--event", default="", help="kill:STEP, term:STEP, int:STEP or save:STEP")
+    parser.add_argument("--event", default="", help="kill:STEP, term:STEP, int:STEP, save:STEP or inf:STEP")
     parser.add_argument("--no_noise", action="store_true", help="nothing but the data is random")
     arguments = vars(parser.parse_args(words))
     folder, event, kind = (arguments.pop(key) for key in ("folder", "event", "kind"))
@@ -230,12 +230,18 @@ def main(words: list[str]) -> None:
 
 
 def arrange(stage: Stage, event: str) -> None:
-    """Let `event` happen: a signal within a step, or SIGKILL within the save after a step."""
+    """Let `event` happen: a signal within a step, SIGKILL within the save after a step, or an
+    infinite loss, whose gradient is finite, of the critic in a step."""
     what, _, step = event.partition(":")
     numbers = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT}
     last = int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1
     if what in numbers and last:
         stage.at_update = lambda now: now == int(step) and os.kill(os.getpid(), numbers[what])
+    elif what == "inf" and last:
+        loss = stage.critic_loss
+        stage.critic_loss = lambda batch: (
+            loss(batch) + (torch.inf if stage.completed == int(step) else 0)
+        )
     elif what == "save":
         finish = checkpoint._finish
 

@@ -1,0 +1,72 @@
+"""A sample alone in a step does what it does among others, and says where it breaks."""
+
+import copy
+
+import pytest
+import torch
+
+from tests.models.small import small_transformer
+from tests.train.small_stages import batch, build, distill, streaming
+from train.dissection import Loner
+from train.stage import NonFiniteError
+from train.teacher import Teacher, TeacherParams
+
+
+def loners_of(stage, size=2):
+    return [Loner(stage, index) for index in range(size)]
+
+
+@pytest.mark.parametrize("make", [distill, streaming])
+def test_the_losses_of_samples_alone_have_the_loss_of_the_batch_as_their_mean(make):
+    stage, compared = make(), 0
+    loners = loners_of(stage)
+    for step in range(4):
+        given = batch(first_seed=10 + step)
+        found = [loner.observe(given, step) for loner in loners]
+        metrics = stage.update(given, step)
+        stage.completed += 1
+        for name in found[0].losses:
+            mean = sum(finding.losses[name] for finding in found) / len(found)
+            # Other shapes, another order of summation.
+            assert mean == pytest.approx(float(metrics[f"loss/{name}"]), rel=1e-4)
+            compared += 1
+        assert all(finding.is_finite for finding in found)
+    assert compared >= 6
+
+
+def test_looking_changes_neither_weights_nor_gradients_nor_generators():
+    stage = streaming()
+    before = copy.deepcopy(stage.state_dict())
+    torch.manual_seed(5)
+    Loner(stage, 1).observe(batch(), 0)
+    drawn = torch.rand(3)
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(3))
+    assert all(torch.equal(value, before[key]) for key, value in stage.state_dict().items())
+    assert all(parameter.grad is None for parameter in stage.parameters())
+    assert stage.completed == 0
+    assert not stage.streams
+
+
+def test_a_poisoned_sample_is_the_only_one_that_is_not_finite():
+    stage = build(Teacher, TeacherParams(), {"teacher": small_transformer()})
+    given = batch(size=3)
+    given.latents[1, 4, 0, 0, 0] = torch.inf
+    found = [loner.observe(given, 0) for loner in loners_of(stage, 3)]
+    assert [finding.is_finite for finding in found] == [True, False, True]
+    assert found[1].inputs == ["latents"]
+    assert found[1].module == "teacher.patch_embedding"
+    assert found[1].parameters[0] == "teacher.patch_embedding.weight"
+    with pytest.raises(NonFiniteError, match="loss of 'teacher' is nan"):
+        stage.update(given, 0)
+
+
+def test_a_broken_weight_is_found_in_its_module():
+    stage = distill()
+    layer = stage.networks["critic"].blocks[1].ffn[2]
+    with torch.no_grad():
+        layer.bias[3] = torch.nan
+    found = Loner(stage, 0).observe(batch(), 0)
+    assert found.module == "critic.blocks.1.ffn.2"
+    assert not found.is_finite
+    assert found.inputs == []
