@@ -126,8 +126,22 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _fit_arguments(parser: argparse.ArgumentParser) -> None:
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
     _config_arguments(parser)
+    parser.add_argument(
+        "--restart",
+        action="store_true",
+        help="set unfinished stages that were begun with other settings aside, and start them anew",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="do one step of everything in a folder that is removed again",
+    )
+
+
+def _fit_arguments(parser: argparse.ArgumentParser) -> None:
+    _run_arguments(parser)
     parser.add_argument("--stage", required=True, metavar="NAME", help="a stage of the plan")
 
 
@@ -192,9 +206,14 @@ def _sample_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    from launch.dry_run import dry_run
     from launch.plan import run
 
-    run(load_config(arguments.config))
+    config = load_config(arguments.config)
+    if arguments.dry_run:
+        dry_run(config)
+    else:
+        run(config, restart=arguments.restart)
 
 
 def _run_data_step(name: str) -> Callable[[argparse.Namespace], None]:
@@ -207,6 +226,7 @@ def _run_data_step(name: str) -> Callable[[argparse.Namespace], None]:
 
 
 def _fit(arguments: argparse.Namespace) -> None:
+    from launch.dry_run import dry_run
     from launch.plan import run_one
 
     config = load_config(arguments.config)
@@ -216,7 +236,10 @@ def _fit(arguments: argparse.Namespace) -> None:
             f"--stage must name a stage of the plan, one of {list(config.stages)}, found "
             f"{arguments.stage!r}{hint}"
         )
-    run_one(config, arguments.stage)
+    if arguments.dry_run:
+        dry_run(config, stage_name=arguments.stage)
+    else:
+        run_one(config, arguments.stage, restart=arguments.restart)
 
 
 def _sample(arguments: argparse.Namespace) -> None:
@@ -277,7 +300,7 @@ VERBS: dict[str, Verb] = {
     "run": Verb(
         "Carry out a whole plan; skip what is complete, continue what was interrupted.",
         "run configs/demo.yaml",
-        _config_arguments,
+        _run_arguments,
         _run,
     ),
     "world": Verb(
