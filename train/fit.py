@@ -14,6 +14,7 @@ from torch import Tensor
 from configs.load import to_dict
 from configs.schema import FREE_STAGE_KEYS, RunConfig
 from train import checkpoint
+from train.alarms import Alarms
 from train.callbacks import Checkpoints, Progress, Records, SampleVideos, StopSignals
 from train.failures import Failures
 from train.stage import NonFiniteError, Stage
@@ -114,7 +115,7 @@ def fit(
     name = f"{config.name}/{stage_name}"
     # In this order: a checkpoint says that samples and rows before it are written.
     callbacks += [checkpoints, Records(config.tracking, folder=folder, name=name)]
-    callbacks.append(Progress(stage_name))
+    callbacks += [Alarms(config.tracking), Progress(stage_name)]
     trainer = build_trainer(config, folder, callbacks, num_batches=stage.config.steps - done)
     try:
         with signals:

@@ -103,6 +103,8 @@ class Stage(L.LightningModule):
         self.uses_bf16 = False
         self.identity: dict[str, Any] = {}
         """What a checkpoint must have in common with the run that continues it."""
+        self.watch_row: Callable[[dict[str, float], int], dict[str, float]] | None = None
+        """From a new row of metrics and its step to what is added to the row."""
         self._restart_point: Snapshot | None = None
         self._last_end: float | None = None
         self.setup_stage()
@@ -259,6 +261,8 @@ class Stage(L.LightningModule):
 
     def _report_row(self) -> None:
         row = self.metrics.close()
+        if self.watch_row is not None:
+            row |= self.watch_row(row, self.completed)
         for logger in self.trainer.loggers:
             logger.log_metrics(row, step=self.completed)
 
