@@ -367,7 +367,8 @@ class TrackingConfig:
             f"tracking.alarm_factor must be above 1, or 0 for no alarms, found {self.alarm_factor}",
         )
         require(
-            self.alarm_rows >= 0, f"tracking.alarm_rows must not be negative, found {self.alarm_rows}"
+            self.alarm_rows >= 0,
+            f"tracking.alarm_rows must not be negative, found {self.alarm_rows}",
         )
         require_choice("tracking.wandb", self.wandb, ("auto", "offline", "online", "off"))
 

@@ -1,7 +1,8 @@
 """Command line: `python -m launch VERB ...`.
 
-Exit status 0: done, or stopped by SIGTERM with a checkpoint; 2: bad input, one sentence on stderr;
-130: Ctrl-C; 1 after `replay`: the failed step is finite here. Anything else is a bug and shows a traceback.
+Exit status 0: done, or stopped by SIGTERM with a checkpoint; 2: bad input, or a loss that is not
+finite, one sentence on stderr; 130: Ctrl-C. `replay` ends with 1 if the failed step is finite now.
+Anything else is a bug and shows a traceback.
 """
 
 import argparse

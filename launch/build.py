@@ -1,10 +1,11 @@
 """From a config to a stage that can be trained: networks, their inputs, data, and the export."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning import Callback
 from torch import nn
 
 from configs.errors import ConfigError, UserError
@@ -229,21 +230,39 @@ def target_source(config: RunConfig, stage: SalienceStage, teacher: Export) -> T
 
 def run_stage(config: RunConfig, stage_name: str) -> None:
     """Train a stage to its end, from its newest checkpoint if there is one, and export it."""
+    exports = load_inputs(config, stage_name)
+    stage = train_stage(config, stage_name, exports)
+    export_stage(config, stage_name, stage, exports)
+
+
+def train_stage(
+    config: RunConfig,
+    stage_name: str,
+    inputs: Mapping[str, Export],
+    *,
+    callbacks: Sequence[Callback] = (),
+) -> Stage:
+    """Train a stage to its end; `callbacks` come before those of `fit`."""
     stage, datamodule = build_stage(config, stage_name)
     codec = build_codec(config.codec)
-    folder = run_folder(config) / stage_name
-    exports = load_inputs(config, stage_name)
-    parents = {role: export.hash for role, export in exports.items()}
     fit(
         stage,
         datamodule,
-        folder=folder,
+        folder=run_folder(config) / stage_name,
         config=config,
         stage_name=stage_name,
         decode=codec.decode,
         fps=config.source.world.fps,
-        input_hashes=parents,
+        input_hashes={role: export.hash for role, export in inputs.items()},
+        callbacks=callbacks,
     )
+    return stage
+
+
+def export_stage(
+    config: RunConfig, stage_name: str, stage: Stage, inputs: Mapping[str, Export]
+) -> None:
+    """Write the export of a trained stage; all ranks must call this together."""
     weights = {}
     for stem, name in stage.exported.items():
         if name in stage.engines:
@@ -254,9 +273,9 @@ def run_stage(config: RunConfig, stage_name: str) -> None:
     if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return
     write_export(
-        folder / "export",
+        run_folder(config) / stage_name / "export",
         weights=weights,
-        manifest=export_manifest(config, stage, stage_name, exports),
+        manifest=export_manifest(config, stage, stage_name, inputs),
     )
 
 

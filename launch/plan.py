@@ -27,7 +27,7 @@ def plan_steps(config: RunConfig) -> list[Step]:
     Raises:
         UserError: If the videos or an export that the plan starts from are missing.
     """
-    steps = _data_steps(config)
+    steps = data_steps(config)
     for name in config.stages:
         steps += [*_target_steps(config, name), _stage_step(config, name)]
     if config.evaluate.stages:
@@ -116,7 +116,8 @@ def _target_step_name(stage_name: str) -> str:
     return f"targets-{stage_name}"  # no stage is called so: a stage's name has no hyphen
 
 
-def _data_steps(config: RunConfig) -> list[Step]:
+def data_steps(config: RunConfig) -> list[Step]:
+    """The steps from the source to latents, in order."""
     data, source = data_folder(config), config.source
     shards = {"samples_per_shard": config.data.samples_per_shard}
     cut = {key: getattr(source, key) for key in ("size", "frames", "stride", "every")}

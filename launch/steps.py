@@ -185,9 +185,9 @@ def _protect_unfinished(steps: Sequence[Step], keys: Mapping[str, str]) -> None:
     coming = [step.name for step in steps if not is_complete(step, keys[step.name])]
     for step in steps:
         is_unfinished = step.name in coming and not step.done_file.exists()
-        if step.protect is not None and is_unfinished:
-            if recorded_key(step.started_file) != keys[step.name]:
-                step.protect(coming)
+        is_other = recorded_key(step.started_file) != keys[step.name]
+        if step.protect is not None and is_unfinished and is_other:
+            step.protect(coming)
 
 
 @contextmanager

@@ -47,9 +47,7 @@ def require_same_settings(
     )
 
 
-def _input_hashes(
-    config: RunConfig, stage_name: str, *, remade: Sequence[str]
-) -> dict[str, str]:
+def _input_hashes(config: RunConfig, stage_name: str, *, remade: Sequence[str]) -> dict[str, str]:
     """Hash of every input as it is now, or why there is none."""
     stage = config.stages[stage_name]
     hashes = {}

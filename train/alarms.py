@@ -48,8 +48,8 @@ class Alarm:
             f"{name} {self.then[name]:.3g} -> {value:.3g}" for name, value in self.now.items()
         )
         return (
-            f"the losses diverge at step {step}, {self.network!r} moves up: {moved} (lowest earlier "
-            "mean of its rows -> mean of the last rows)"
+            f"the losses diverge at step {step}, {self.network!r} moves up: {moved} "
+            "(lowest earlier mean -> mean of the last rows)"
         )
 
 

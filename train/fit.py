@@ -3,7 +3,7 @@
 import logging
 import signal
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,7 @@ def fit(
     decode: Callable[[Tensor], Tensor] | None = None,
     fps: int = 8,
     input_hashes: Mapping[str, str] | None = None,
+    callbacks: Sequence[L.Callback] = (),
 ) -> None:
     """Train `stage` from its newest whole checkpoint, or from the start, to its last step.
 
@@ -88,6 +89,7 @@ def fit(
         decode: Latents [F, C, H, W] to frames [F, 3, height, width] in [-1, 1], for samples.
         fps: Of sample videos.
         input_hashes: Content of each input of the stage; a checkpoint is bound to them.
+        callbacks: More of them, called before our own.
 
     Raises:
         Interrupted: If SIGTERM or SIGUSR1 ended training early.
@@ -108,15 +110,17 @@ def fit(
         signals=signals,
     )
     failures = Failures(folder, checkpoints=folder / CHECKPOINTS)
-    callbacks: list[L.Callback] = [failures]
+    ours: list[L.Callback] = [failures]
     if decode is not None and stage.config.sample_every > 0:
         every = stage.config.sample_every
-        callbacks.append(SampleVideos(folder / SAMPLES, every=every, decode=decode, fps=fps))
+        ours.append(SampleVideos(folder / SAMPLES, every=every, decode=decode, fps=fps))
     name = f"{config.name}/{stage_name}"
     # In this order: a checkpoint says that samples and rows before it are written.
-    callbacks += [checkpoints, Records(config.tracking, folder=folder, name=name)]
-    callbacks += [Alarms(config.tracking), Progress(stage_name)]
-    trainer = build_trainer(config, folder, callbacks, num_batches=stage.config.steps - done)
+    ours += [checkpoints, Records(config.tracking, folder=folder, name=name)]
+    ours += [Alarms(config.tracking), Progress(stage_name)]
+    trainer = build_trainer(
+        config, folder, [*callbacks, *ours], num_batches=stage.config.steps - done
+    )
     try:
         with signals:
             trainer.fit(stage, datamodule=datamodule)

@@ -96,11 +96,18 @@ def train_with_losses(folder, losses, *, steps):
     train(folder, config, stage)
 
 
+def announced(caplog):
+    messages = [record.message for record in caplog.records]
+    return [message.split(",")[0] for message in messages if "diverge" in message]
+
+
 def test_an_alarm_is_told_once_until_it_has_gone_and_a_resume_knows(tmp_path, caplog):
     losses = [1.0, 1.0, 1.0, 9.0, 9.0, 9.0, 1.0, 1.0, 9.0, 9.0]
     with caplog.at_level(logging.WARNING):
         train_with_losses(tmp_path / "whole", losses, steps=10)
-    told = [record.message.split(",")[0] for record in caplog.records if "diverge" in record.message]
+    told = [
+        record.message.split(",")[0] for record in caplog.records if "diverge" in record.message
+    ]
     assert told == ["the losses diverge at step 4", "the losses diverge at step 9"]
     rows = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").open()]
     assert [row["step"] for row in rows if row.get("alarm/critic") == 1.0] == [4, 5, 6, 7, 9, 10]
@@ -109,7 +116,9 @@ def test_an_alarm_is_told_once_until_it_has_gone_and_a_resume_knows(tmp_path, ca
         with pytest.raises(ZeroDivisionError):
             train_with_losses(tmp_path / "cut", losses, steps=5)
         train_with_losses(tmp_path / "cut", losses, steps=10)
-    again = [record.message.split(",")[0] for record in caplog.records if "diverge" in record.message]
+    again = [
+        record.message.split(",")[0] for record in caplog.records if "diverge" in record.message
+    ]
     assert again == told
     found = [json.loads(line) for line in (tmp_path / "cut/metrics.jsonl").open()]
     assert [row.get("alarm/critic") for row in found] == [row.get("alarm/critic") for row in rows]

@@ -208,7 +208,9 @@ def main(words: list[str]) -> None:
     parser.add_argument("--strategy", default="single")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--kind", default="ToyStage")
-    parser.add_argument("--event", default="", help="kill:STEP, term:STEP, int:STEP, save:STEP or inf:STEP")
+    parser.add_argument(
+        "--event", default="", help="kill:STEP, term:STEP, int:STEP, save:STEP or inf:STEP"
+    )
     parser.add_argument("--no_noise", action="store_true", help="nothing but the data is random")
     arguments = vars(parser.parse_args(words))
     folder, event, kind = (arguments.pop(key) for key in ("folder", "event", "kind"))
