@@ -135,17 +135,18 @@ def replay(config: RunConfig, folder: Path, step: int) -> dict[str, Any]:
     stage.engines = build_single_engines(stage.engine_specs())
     source = restore_before(stage, folder / CHECKPOINTS, step)
     say(f"from {source or 'the start of the stage'}: {step - 1 - stage.completed} steps to repeat")
-    samples, failure = repeat(stage, datamodule.batches(), step)
+    samples, together = repeat(stage, datamodule.batches(), step)
     if not any(sample["losses"] for sample in samples):
         raise UserError(
             f"step {step} of stage {name!r} must train a network to be taken apart, it only "
             "gathers statistics; give --step N with a later step"
         )
+    failed = isinstance(together, NonFiniteError)
     return {
         "step": step,
         "checkpoint": source,
-        "failed": failure is not None,
-        "failure": None if failure is None else str(failure),
+        "failed": failed,
+        "together": str(together) if failed else together,
         "samples": samples,
     }
 
@@ -167,11 +168,12 @@ def restore_before(stage: Stage, checkpoints: Path, step: int) -> str | None:
 
 def repeat(
     stage: Stage, batches: LatentBatches, step: int
-) -> tuple[list[dict[str, Any]], NonFiniteError | None]:
+) -> tuple[list[dict[str, Any]], dict[str, float] | NonFiniteError]:
     """Train up to `step` (from 1), that one included.
 
     Returns:
-        What each sample does in that step alone, and how the whole step failed, if it did.
+        What each sample does in that step alone, and what all do together: what the step reports,
+        or how it failed.
     """
     loners: list[Loner] = []
     last_line = time.monotonic()
@@ -189,7 +191,7 @@ def repeat(
             say(f"replay: step {number + 1}/{step}")
         try:
             with stage.autocast():
-                stage.update(batch, number)
+                reported = stage.update(batch, number)
         except NonFiniteError as error:
             if not is_last:
                 raise UserError(
@@ -198,7 +200,7 @@ def repeat(
                 ) from error
             return list_samples(described, findings), error
         stage.completed = number + 1
-    return list_samples(described, findings), None
+    return list_samples(described, findings), {k: float(v) for k, v in reported.items()}
 
 
 def list_samples(
@@ -212,7 +214,7 @@ def list_samples(
         }
 
     return [
-        {name: values[index] for name, values in described.items()}
+        {name.removesuffix("s"): values[index] for name, values in described.items()}
         | asdict(finding)
         | {"losses": shown(finding.losses), "grad_norms": shown(finding.grad_norms)}
         | {"is_finite": finding.is_finite}
@@ -229,7 +231,7 @@ def table(result: Mapping[str, Any]) -> str:
     for sample in samples:
         numbers = (sample[kind][name] for name in networks for kind in ("losses", "grad_norms"))
         shown = [value if isinstance(value, str) else f"{value:.4g}" for value in numbers]
-        rows.append([str(sample["keys"]), *shown])
+        rows.append([str(sample["key"]), *shown])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -237,11 +239,11 @@ def table(result: Mapping[str, Any]) -> str:
     ]
     bad = [sample for sample in samples if not sample["is_finite"]]
     if not bad and result["failed"]:
-        lines.append(f"every sample alone is finite, together they are not: {result['failure']}")
+        lines.append(f"every sample alone is finite, together they are not: {result['together']}")
     for sample in bad[:1]:
         parameters = sample["parameters"]
         lines += [
-            f"first sample that is not finite: {sample['keys']}",
+            f"first sample that is not finite: {sample['key']}",
             f"  of its own tensors: {', '.join(sample['inputs']) or 'none'}",
             f"  first module whose output is not finite: {sample['module'] or 'none'}",
             f"  parameters whose gradient is not finite: {len(parameters)}, first "
