@@ -327,7 +327,8 @@ class TrainerConfig:
     """Keep only the inputs of a trained transformer's layers for the backward pass and compute the
     rest again there: less memory, about a third more time, the same gradients."""
     compile: bool = False
-    """Compile the transformers' layers; the first steps then take minutes, and numbers differ by
+    """Compile what the transformers' layers do before and behind self-attention, which itself, and
+    all that touches a cache, stays as it is. The first steps then take minutes; numbers differ by
     rounding."""
 
     def __post_init__(self) -> None:

@@ -18,12 +18,15 @@ from data.targets import STORED, TargetSet, TargetSource
 from launch.export import Export, load_export, load_weights, write_export
 from launch.plan import data_folder, run_folder, targets_folder
 from launch.student import head_from_config, transformer_from_config
+from models.transformer import VideoTransformer
 from train.causal import Causal
+from train.compilation import compile_layers
 from train.distill import Distill
 from train.fit import fit
 from train.randomness import derive_seed
 from train.salience import SalienceStage
 from train.stage import Stage
+from train.strategy import uses_gpu
 from train.streaming import Streaming
 from train.teacher import Teacher
 
@@ -178,6 +181,12 @@ def new_stage(
         }
         for wanted in (cls.network_sources, {name: cls.frozen_sources[name] for name in frozen})
     )
+    for network in trained.values():
+        if isinstance(network, VideoTransformer):
+            network.recomputes_activations = config.trainer.activation_checkpointing
+    if config.trainer.compile:
+        device = torch.device("cuda" if uses_gpu(config.trainer) else "cpu")
+        compile_layers([*trained.values(), *read.values()], device=device)
     return cls(
         settings,
         seed=stage_seed(config, stage_name),

@@ -221,6 +221,8 @@ def try_stage(config: RunConfig, name: str) -> None:
     folder, watch, settings = run_folder(config) / name, Stopwatch(), config.stages[name]
     codec, fps = build_codec(config.codec), config.source.world.fps
     videos = SampleVideos(folder / SAMPLES, every=settings.steps, decode=codec.decode, fps=fps)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     try:
         inputs = load_inputs(config, name)
         stage = train_stage(config, name, inputs, callbacks=[watch, videos, VideoLap(watch)])
@@ -231,7 +233,7 @@ def try_stage(config: RunConfig, name: str) -> None:
         ) from failure
     untrained = [net for net in stage.networks if f"grad_norm/{net}" not in stage.metrics.latest]
     assert not untrained, f"a dry run trains every network, not so {untrained}"
-    watch.lap("training ended")
+    watch.lap("checkpoint written")
     check_checkpoint(stage, folder / CHECKPOINTS)
     watch.lap("checkpoint read back and compared")
     export_stage(config, name, stage, inputs)
