@@ -207,14 +207,19 @@ def _sample_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from launch.dry_run import dry_run
     from launch.plan import run
 
     config = load_config(arguments.config)
     if arguments.dry_run:
-        dry_run(config)
+        _try(config, None)
     else:
         run(config, restart=arguments.restart)
+
+
+def _try(config: RunConfig, stage_name: str | None) -> None:
+    from launch.dry_run import dry_run
+
+    dry_run(config, stage_name=stage_name)
 
 
 def _run_data_step(name: str) -> Callable[[argparse.Namespace], None]:
@@ -227,7 +232,6 @@ def _run_data_step(name: str) -> Callable[[argparse.Namespace], None]:
 
 
 def _fit(arguments: argparse.Namespace) -> None:
-    from launch.dry_run import dry_run
     from launch.plan import run_one
 
     config = load_config(arguments.config)
@@ -238,7 +242,7 @@ def _fit(arguments: argparse.Namespace) -> None:
             f"{arguments.stage!r}{hint}"
         )
     if arguments.dry_run:
-        dry_run(config, stage_name=arguments.stage)
+        _try(config, arguments.stage)
     else:
         run_one(config, arguments.stage, restart=arguments.restart)
 
