@@ -70,3 +70,15 @@ def test_a_broken_weight_is_found_in_its_module():
     assert found.module == "critic.blocks.1.ffn.2"
     assert not found.is_finite
     assert found.inputs == []
+
+
+def test_the_samples_at_work_in_a_stream_are_those_that_it_began_with():
+    stage = streaming()
+    first, later = batch(first_seed=10), batch(first_seed=20)
+    assert stage.batch_at_work(first) is first
+    stage.update(first, 0)
+    assert stage.batch_at_work(later) is first
+    stage.update(later, 1)
+    stage.update(later, 2)
+    assert not stage.streams, "three chunks fill it"
+    assert stage.batch_at_work(later) is later
