@@ -7,7 +7,9 @@ import torch
 
 from tests.models.small import small_transformer
 from tests.train.small_stages import batch, build, distill, streaming
+from tests.train.toy import toy_batch, toy_config, toy_stage
 from train.dissection import Loner
+from train.engine import build_single_engines
 from train.stage import NonFiniteError
 from train.teacher import Teacher, TeacherParams
 
@@ -35,17 +37,28 @@ def test_the_losses_of_samples_alone_have_the_loss_of_the_batch_as_their_mean(ma
 
 
 def test_looking_changes_neither_weights_nor_gradients_nor_generators():
-    stage = streaming()
+    stage = toy_stage(toy_config())  # its noise comes from the global generator
+    stage.engines = build_single_engines(stage.engine_specs())
     before = copy.deepcopy(stage.state_dict())
     torch.manual_seed(5)
-    Loner(stage, 1).observe(batch(), 0)
+    assert Loner(stage, 1).observe(toy_batch(0, size=4, rank=0, world=1), 0).is_finite
     drawn = torch.rand(3)
     torch.manual_seed(5)
     assert torch.equal(drawn, torch.rand(3))
     assert all(torch.equal(value, before[key]) for key, value in stage.state_dict().items())
     assert all(parameter.grad is None for parameter in stage.parameters())
     assert stage.completed == 0
-    assert not stage.streams
+    assert stage.mean.abs().sum() == 0
+
+
+def test_a_sample_alone_begins_without_the_streams_that_its_stage_is_in():
+    stage = streaming()
+    stage.update(batch(), 0)
+    lonely = Loner(stage, 1)
+    assert not lonely.stage.streams
+    lonely.observe(batch(first_seed=20), 1)
+    assert lonely.stage.streams[0].history.shape[0] == 1
+    assert stage.streams[0].history.shape[0] == 2
 
 
 def test_a_poisoned_sample_is_the_only_one_that_is_not_finite():
