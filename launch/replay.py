@@ -27,7 +27,14 @@ from train import checkpoint
 from train.callbacks import LINE_SECONDS
 from train.dissection import Finding, Loner
 from train.engine import build_single_engines
-from train.failures import describe_samples, failure_path, newest_failure, read_failure, step_number
+from train.failures import (
+    Failure,
+    describe_samples,
+    failure_path,
+    newest_failure,
+    read_failure,
+    step_number,
+)
 from train.fit import CHECKPOINTS, attach_config, prepare_process
 from train.randomness import derive_seed, seed_generators
 from train.stage import NonFiniteError, Stage
@@ -57,11 +64,15 @@ def run(arguments: argparse.Namespace) -> None:
     folder: Path = arguments.folder
     config = read_config(folder)
     step = find_step(folder, arguments.step, num_steps=config.stages[folder.name].steps)
+    record = failure_path(folder, step)
+    failure = read_failure(record) if record.exists() else None
     with hold_lock(folder.parent):
         result = replay(config, folder, step)
+        if failure is not None:
+            require_samples(failure, result["samples"])
         write_atomically(folder / RESULT, json.dumps(result, indent=1).encode())
     say(table(result))
-    if result["failed"] or not failure_path(folder, step).exists():
+    if result["failed"] or failure is None:
         say(f"{'reproduced' if result['failed'] else 'finite'}; {folder / RESULT} says the rest")
         return
     say(
@@ -113,8 +124,18 @@ def find_step(folder: Path, wanted: int | None, *, num_steps: int) -> int:
         raise UserError(
             f"{str(folder)!r} must hold the record of a step that failed, found none; give --step N"
         )
-    read_failure(failure)
     return step_number(failure)
+
+
+def require_samples(failure: Failure, samples: Sequence[Mapping[str, Any]]) -> None:
+    """Raise `UserError` unless the step was repeated on the samples that it failed on."""
+    recorded = [key for entry in failure.ranks for key in entry["keys"]]
+    found = [sample["key"] for sample in samples]
+    if recorded != found:
+        raise UserError(
+            f"step {failure.step} must be repeated on the samples that it failed on, {recorded}, "
+            f"found {found}; the shards have changed since: restore them"
+        )
 
 
 def replay(config: RunConfig, folder: Path, step: int) -> dict[str, Any]:

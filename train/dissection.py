@@ -23,7 +23,8 @@ class Finding:
         grad_norms: By network.
         inputs: Tensors of the sample itself that are not finite.
         module: First module, by its name, whose output is not finite.
-        parameters: Parameters whose gradient is not finite, in the order of the networks.
+        parameters: Parameters whose gradient is not finite, of each network the last ones first,
+            as the backward pass comes to them; all, if the loss itself is not finite.
     """
 
     losses: dict[str, float] = field(default_factory=dict)
@@ -67,7 +68,8 @@ class Bystander:
             if parameter.grad is not None
         }
         self.norm = float(torch.nn.utils.get_total_norm(list(gradients.values())))
-        self.not_finite = [name for name, value in gradients.items() if not _is_finite(value)]
+        backwards = reversed(gradients.items())
+        self.not_finite = [name for name, value in backwards if not _is_finite(value)]
         self.module.zero_grad(set_to_none=True)
         return self.norm
 

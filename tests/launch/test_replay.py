@@ -84,14 +84,18 @@ def test_a_healthy_step_is_looked_into_and_a_failure_that_does_not_repeat_is_tol
     losses = [sample["losses"]["teacher"] for sample in result["samples"]]
     # Samples may differ in the number of frames that count.
     assert min(losses) < rows[3]["loss/teacher"] < max(losses)
-    (stage / "failure-00000004.json").write_text(
-        json.dumps({"step": 4, "quantity": "loss/teacher", "value": "nan", "ranks": []})
-    )
+    keys = [sample["key"] for sample in result["samples"]]
+    record = {"step": 4, "quantity": "loss/teacher", "value": "nan", "ranks": [{"keys": keys}]}
+    (stage / "failure-00000004.json").write_text(json.dumps(record))
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         main(["replay", str(stage)])
     assert end.value.code == 1
     assert "step 4 failed before but is finite here" in capsys.readouterr().out
+    record["ranks"] = [{"keys": keys[::-1]}]
+    (stage / "failure-00000004.json").write_text(json.dumps(record))
+    assert main(["replay", str(stage)]) == 2
+    assert "must be repeated on the samples that it failed on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -69,9 +69,18 @@ def test_a_poisoned_sample_is_the_only_one_that_is_not_finite():
     assert [finding.is_finite for finding in found] == [True, False, True]
     assert found[1].inputs == ["latents"]
     assert found[1].module == "teacher.patch_embedding"
-    assert found[1].parameters[0] == "teacher.patch_embedding.weight"
+    assert found[1].parameters[0] == "teacher.head.head.bias", "as the backward pass comes by"
     with pytest.raises(NonFiniteError, match="loss of 'teacher' is nan"):
         stage.update(given, 0)
+
+
+def test_a_gradient_that_breaks_where_every_output_is_finite_is_found_by_its_parameter():
+    stage = distill()
+    weight = stage.networks["critic"].blocks[1].ffn[0].weight
+    weight.register_hook(lambda gradient: gradient * torch.inf)
+    found = Loner(stage, 0).observe(batch(), 0)
+    assert (found.is_finite, found.module) == (False, None)
+    assert found.parameters == ["critic.blocks.1.ffn.0.weight"]
 
 
 def test_a_broken_weight_is_found_in_its_module():
