@@ -337,6 +337,13 @@ class TrainerConfig:
     """A job of several ranks ends if none has made progress for so long; 0 = never."""
     silence_seconds: float = 120.0
     """It ends if a rank has given no sign of life for so long."""
+    activation_checkpointing: bool = False
+    """Keep only the inputs of a trained transformer's layers for the backward pass and compute the
+    rest again there: less memory, about a third more time, the same gradients."""
+    compile: bool = False
+    """Compile what the transformers' layers do before and behind self-attention, which itself, and
+    all that touches a cache, stays as it is. The first steps then take minutes; numbers differ by
+    rounding."""
 
     def __post_init__(self) -> None:
         require_choice("trainer.strategy", self.strategy, ("single", "ddp", "deepspeed"))
@@ -354,6 +361,11 @@ class TrainerConfig:
             not self.offload_optimizer or (self.strategy == "deepspeed" and self.zero_stage > 0),
             "trainer.offload_optimizer needs trainer.strategy=deepspeed and trainer.zero_stage "
             f"above 0, found {self.strategy} and {self.zero_stage}",
+        )
+        require(
+            not self.compile or self.strategy != "deepspeed" or self.zero_stage < 3,
+            "trainer.compile does not go together with trainer.zero_stage=3, which takes layers "
+            "apart while they run; set one of the two to another value",
         )
         require(
             self.persistent_params >= 0,
@@ -375,8 +387,21 @@ class TrackingConfig:
     """`auto` is online with a key and offline without one."""
     project: str = "pafukv"
     group: str = ""
+    alarm_factor: float = 4.0
+    """Growth of a loss over its best earlier mean that is an alarm, see `train/alarms.py`; 0 = no
+    alarms."""
+    alarm_rows: int = 5
+    """Rows of metrics in each such mean; 0 = no alarms."""
 
     def __post_init__(self) -> None:
+        require(
+            self.alarm_factor == 0 or self.alarm_factor > 1,
+            f"tracking.alarm_factor must be above 1, or 0 for no alarms, found {self.alarm_factor}",
+        )
+        require(
+            self.alarm_rows >= 0,
+            f"tracking.alarm_rows must not be negative, found {self.alarm_rows}",
+        )
         require_choice("tracking.wandb", self.wandb, ("auto", "offline", "online", "off"))
 
 

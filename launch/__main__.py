@@ -1,7 +1,8 @@
 """Command line: `python -m launch VERB ...`.
 
-Exit status 0: done, or stopped by SIGTERM with a checkpoint; 2: bad input, one sentence on stderr;
-130: Ctrl-C. Anything else is a bug and shows a traceback.
+Exit status 0: done, or stopped by SIGTERM with a checkpoint; 2: bad input, or a loss that is not
+finite, one sentence on stderr; 130: Ctrl-C. `replay` ends with 1 if the failed step is finite now.
+Anything else is a bug and shows a traceback.
 """
 
 import argparse
@@ -126,8 +127,22 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _fit_arguments(parser: argparse.ArgumentParser) -> None:
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
     _config_arguments(parser)
+    parser.add_argument(
+        "--restart",
+        action="store_true",
+        help="set unfinished stages that were begun with other settings aside, and start them anew",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="do one step of everything in a folder that is removed again",
+    )
+
+
+def _fit_arguments(parser: argparse.ArgumentParser) -> None:
+    _run_arguments(parser)
     parser.add_argument("--stage", required=True, metavar="NAME", help="a stage of the plan")
 
 
@@ -148,6 +163,18 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder, such as runs/demo")
+
+
+def _replay_arguments(parser: argparse.ArgumentParser) -> None:
+    from launch.replay import add_arguments
+
+    add_arguments(parser)
+
+
+def _replay(arguments: argparse.Namespace) -> None:
+    from launch.replay import run
+
+    run(arguments)
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
@@ -195,7 +222,17 @@ def _slurm(arguments: argparse.Namespace) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     from launch.plan import run
 
-    run(load_config(arguments.config))
+    config = load_config(arguments.config)
+    if arguments.dry_run:
+        _try(config, None)
+    else:
+        run(config, restart=arguments.restart)
+
+
+def _try(config: RunConfig, stage_name: str | None) -> None:
+    from launch.dry_run import dry_run
+
+    dry_run(config, stage_name=stage_name)
 
 
 def _run_data_step(name: str) -> Callable[[argparse.Namespace], None]:
@@ -217,7 +254,10 @@ def _fit(arguments: argparse.Namespace) -> None:
             f"--stage must name a stage of the plan, one of {list(config.stages)}, found "
             f"{arguments.stage!r}{hint}"
         )
-    run_one(config, arguments.stage)
+    if arguments.dry_run:
+        _try(config, arguments.stage)
+    else:
+        run_one(config, arguments.stage, restart=arguments.restart)
 
 
 def _sample(arguments: argparse.Namespace) -> None:
@@ -278,7 +318,7 @@ VERBS: dict[str, Verb] = {
     "run": Verb(
         "Carry out a whole plan; skip what is complete, continue what was interrupted.",
         "run configs/demo.yaml",
-        _config_arguments,
+        _run_arguments,
         _run,
     ),
     "world": Verb(
@@ -311,6 +351,12 @@ VERBS: dict[str, Verb] = {
         "--time 24:00:00 --out demo.sbatch",
         _slurm_arguments,
         _slurm,
+    ),
+    "replay": Verb(
+        "Repeat the steps up to one that was not finite and take it apart, sample by sample.",
+        "replay runs/demo/distill",
+        _replay_arguments,
+        _replay,
     ),
     "sample": Verb(
         "Generate a video of any length under a cache policy.",

@@ -1,10 +1,11 @@
 """From a config to a stage that can be trained: networks, their inputs, data, and the export."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning import Callback
 from torch import nn
 
 from configs.errors import ConfigError, UserError
@@ -17,12 +18,15 @@ from data.targets import STORED, TargetSet, TargetSource
 from launch.export import Export, load_export, load_weights, write_export
 from launch.plan import data_folder, run_folder, targets_folder
 from launch.student import head_from_config, transformer_from_config
+from models.transformer import VideoTransformer
 from train.causal import Causal
+from train.compilation import compile_layers
 from train.distill import Distill
 from train.fit import fit
 from train.randomness import derive_seed
 from train.salience import SalienceStage
 from train.stage import Stage
+from train.strategy import uses_gpu
 from train.streaming import Streaming
 from train.teacher import Teacher
 
@@ -177,6 +181,12 @@ def new_stage(
         }
         for wanted in (cls.network_sources, {name: cls.frozen_sources[name] for name in frozen})
     )
+    for network in trained.values():
+        if isinstance(network, VideoTransformer):
+            network.recomputes_activations = config.trainer.activation_checkpointing
+    if config.trainer.compile:
+        device = torch.device("cuda" if uses_gpu(config.trainer) else "cpu")
+        compile_layers([*trained.values(), *read.values()], device=device)
     return cls(
         settings,
         seed=stage_seed(config, stage_name),
@@ -230,37 +240,56 @@ def target_source(config: RunConfig, stage: SalienceStage, teacher: Export) -> T
 
 def run_stage(config: RunConfig, stage_name: str) -> None:
     """Train a stage to its end, from its newest checkpoint if there is one, and export it."""
+    exports = load_inputs(config, stage_name)
+    stage = train_stage(config, stage_name, exports)
+    export_stage(config, stage_name, stage, exports)
+
+
+def train_stage(
+    config: RunConfig,
+    stage_name: str,
+    inputs: Mapping[str, Export],
+    *,
+    callbacks: Sequence[Callback] = (),
+) -> Stage:
+    """Train a stage to its end; `callbacks` come before those of `fit`."""
     stage, datamodule = build_stage(config, stage_name)
     codec = build_codec(config.codec)
-    folder = run_folder(config) / stage_name
-    exports = load_inputs(config, stage_name)
-    parents = {role: export.hash for role, export in exports.items()}
     fit(
         stage,
         datamodule,
-        folder=folder,
+        folder=run_folder(config) / stage_name,
         config=config,
         stage_name=stage_name,
         decode=codec.decode,
         fps=config.source.world.fps,
-        input_hashes=parents,
+        input_hashes={role: export.hash for role, export in inputs.items()},
+        callbacks=callbacks,
     )
-    weights = {}
-    for stem, name in stage.exported.items():
-        if name in stage.engines:
-            engine = stage.engine(name)
-            weights[stem] = engine.weights(ema=engine.settings.ema > 0)
-        else:
-            # From its export: the stage's own copy may be spread over ranks.
-            sources = stage.frozen_sources[name]
-            network = _build_network(config, stage_name, name, sources, exports)
-            weights[stem] = dict(network.state_dict())
+    return stage
+
+
+def export_stage(
+    config: RunConfig, stage_name: str, stage: Stage, inputs: Mapping[str, Export]
+) -> None:
+    """Write the export of a trained stage; all ranks must call this together."""
+    weights = {
+        stem: stage.engine(name).weights(ema=stage.engine(name).settings.ema > 0)
+        for stem, name in stage.exported.items()
+        if name in stage.engines
+    }
     if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return
+    for stem, name in stage.exported.items():
+        if name in stage.frozen:
+            # From its export: the stage's own copy may be spread over ranks.
+            sources = stage.frozen_sources[name]
+            network = _build_network(config, stage_name, name, sources, inputs)
+            weights[stem] = dict(network.state_dict())
     write_export(
-        folder / "export",
+        run_folder(config) / stage_name / "export",
         weights=weights,
-        manifest=export_manifest(config, stage, stage_name, exports),
+        manifest=export_manifest(config, stage, stage_name, inputs),
     )
 
 

@@ -1,6 +1,6 @@
 """The plan of a run: from a config to the steps that carry it out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ def plan_steps(config: RunConfig) -> list[Step]:
     Raises:
         UserError: If the videos or an export that the plan starts from are missing.
     """
-    steps = _data_steps(config)
+    steps = data_steps(config)
     for name in config.stages:
         steps += [*_target_steps(config, name), _stage_step(config, name)]
     if config.evaluate.stages:
@@ -35,21 +35,31 @@ def plan_steps(config: RunConfig) -> list[Step]:
     return steps
 
 
-def run(config: RunConfig) -> None:
+def run(config: RunConfig, *, restart: bool = False) -> None:
     """Carry out the whole plan; skip what is complete, continue what was interrupted.
 
+    Args:
+        config: Of the run.
+        restart: Set unfinished stages with other settings aside and start them anew.
+
     Raises:
-        UserError: If the plan cannot work, or another process is at work in the run folder.
+        UserError: If the plan cannot work, another process is at work in the run folder, or an
+            unfinished stage holds checkpoints that were made with other settings.
     """
-    run_steps(plan_steps(config), root=run_folder(config), check=lambda: check_stages(config))
+    check, root = (lambda: check_stages(config)), run_folder(config)
+    run_steps(plan_steps(config), root=root, check=check, restart=restart)
 
 
-def run_one(config: RunConfig, name: str) -> None:
+def run_one(config: RunConfig, name: str, *, restart: bool = False) -> None:
     """Carry out one step, whose parents must be complete; a stage's targets are written first.
 
+    Args:
+        config: Of the run.
+        name: Of the step.
+        restart: As in `run`.
+
     Raises:
-        UserError: If there is no such step, a parent is not complete, the plan cannot work, or
-            another process is at work in the run folder.
+        UserError: If there is no such step, a parent is not complete, or as in `run`.
     """
     steps = plan_steps(config)
     names = [step.name for step in steps]
@@ -58,7 +68,7 @@ def run_one(config: RunConfig, name: str) -> None:
     check = (lambda: check_stages(config)) if name in config.stages else None
     for wanted in (_target_step_name(name), name):
         if wanted in names:
-            run_one_step(steps, wanted, root=run_folder(config), check=check)
+            run_one_step(steps, wanted, root=run_folder(config), check=check, restart=restart)
 
 
 def check_stages(config: RunConfig) -> None:
@@ -106,7 +116,8 @@ def _target_step_name(stage_name: str) -> str:
     return f"targets-{stage_name}"  # no stage is called so: a stage's name has no hyphen
 
 
-def _data_steps(config: RunConfig) -> list[Step]:
+def data_steps(config: RunConfig) -> list[Step]:
+    """The steps from the source to latents, in order."""
     data, source = data_folder(config), config.source
     shards = {"samples_per_shard": config.data.samples_per_shard}
     cut = {key: getattr(source, key) for key in ("size", "frames", "stride", "every")}
@@ -216,6 +227,7 @@ def _stage_step(config: RunConfig, name: str) -> Step:
         parents=("encode", *dict.fromkeys(roles.values()), *targets),
         outputs=(folder / "export",),
         on_all_ranks=True,
+        protect=lambda remade: _protect_stage(config, name, folder, remade),
     )
 
 
@@ -287,6 +299,12 @@ def _train(config: RunConfig, name: str, folder: Path) -> None:
     if is_leader():
         save_config(config, folder / "config.yaml")
     run_stage(config, name)
+
+
+def _protect_stage(config: RunConfig, name: str, folder: Path, remade: Sequence[str]) -> None:
+    from launch.unfinished import require_same_settings
+
+    require_same_settings(config, name, folder, remade=remade)
 
 
 def _evaluate(config: RunConfig) -> None:

@@ -3,7 +3,8 @@
 A step leaves two records. STARTED.json, written before it runs, says with which settings and
 inputs; DONE.json, written last and in one rename, says that it is complete. Both hold the step's
 key: a hash of its settings and of the keys of the steps it reads. A folder that was made with
-another key is set aside under `superseded/`, never deleted.
+another key is set aside under `superseded/`, never deleted; one that holds unfinished work worth
+keeping, only when that is asked for.
 """
 
 import fcntl
@@ -46,6 +47,8 @@ class Step:
         outputs: Paths that exist when it is complete.
         records: Folder of STARTED.json and DONE.json; `folder` if None.
         on_all_ranks: Whether every process of a distributed launch takes part.
+        protect: Called before anything runs if the step was begun with other settings and has not
+            ended, with the names of the steps that will run; raises if that is worth keeping.
     """
 
     name: str
@@ -56,6 +59,7 @@ class Step:
     outputs: tuple[Path, ...] = ()
     records: Path | None = None
     on_all_ranks: bool = False
+    protect: Callable[[Sequence[str]], None] | None = None
 
     @property
     def started_file(self) -> Path:
@@ -97,7 +101,11 @@ def recorded_key(record: Path) -> str | None:
 
 
 def run_steps(
-    steps: Sequence[Step], *, root: Path, check: Callable[[], None] | None = None
+    steps: Sequence[Step],
+    *,
+    root: Path,
+    check: Callable[[], None] | None = None,
+    restart: bool = False,
 ) -> None:
     """Run every step that is not complete, in order, and say which.
 
@@ -108,9 +116,11 @@ def run_steps(
         steps: Every step after the steps that it reads.
         root: The run folder.
         check: Called once before the first step that has to run; raises if the plan cannot work.
+        restart: Set unfinished steps with other settings aside, whatever they hold.
 
     Raises:
         PlanError: If another process works in `root`.
+        UserError: If unfinished work with other settings is protected.
     """
     with hold_lock(root) if is_leader() else nullcontext():
         keys = step_keys(steps)
@@ -119,6 +129,8 @@ def run_steps(
             return
         if check is not None:
             check()
+        if not restart:
+            _protect_unfinished(steps, keys)
         for number, step in enumerate(steps, start=1):
             label = f"step {number}/{len(steps)} {step.name}"
             if is_complete(step, keys[step.name]):
@@ -129,12 +141,18 @@ def run_steps(
 
 
 def run_one_step(
-    steps: Sequence[Step], name: str, *, root: Path, check: Callable[[], None] | None = None
+    steps: Sequence[Step],
+    name: str,
+    *,
+    root: Path,
+    check: Callable[[], None] | None = None,
+    restart: bool = False,
 ) -> None:
     """Run the step `name` alone, as `run_steps` would.
 
     Raises:
         PlanError: If a step that it reads is not complete, or another process works in `root`.
+        UserError: If unfinished work with other settings is protected.
     """
     with hold_lock(root) if is_leader() else nullcontext():
         keys = step_keys(steps)
@@ -143,16 +161,34 @@ def run_one_step(
         if is_complete(step, keys[name]):
             say(f"{label}: complete in {step.folder}")
             return
-        missing = [p for p in step.parents if not is_complete(by_name[p], keys[p])]
-        if missing:
-            raise PlanError(
-                f"step {name!r} needs {missing} complete with the same settings, found otherwise "
-                f"in {str(root)!r}; run them first, or use the verb `run`"
-            )
+        require_parents(step, by_name, keys, root=root)
         if check is not None:
             check()
+        if not restart:
+            _protect_unfinished([step], keys)
         _run_step(step, keys[name], root=root, label=label)
         say(f"{label}: complete in {step.folder}")
+
+
+def require_parents(
+    step: Step, by_name: Mapping[str, Step], keys: Mapping[str, str], *, root: Path
+) -> None:
+    """Raise `PlanError` unless every step that `step` reads is complete."""
+    missing = [p for p in step.parents if not is_complete(by_name[p], keys[p])]
+    if missing:
+        raise PlanError(
+            f"step {step.name!r} needs {missing} complete with the same settings, found otherwise "
+            f"in {str(root)!r}; run them first, or use the verb `run`"
+        )
+
+
+def _protect_unfinished(steps: Sequence[Step], keys: Mapping[str, str]) -> None:
+    coming = [step.name for step in steps if not is_complete(step, keys[step.name])]
+    for step in steps:
+        is_unfinished = step.name in coming and not step.done_file.exists()
+        is_other = recorded_key(step.started_file) != keys[step.name]
+        if step.protect is not None and is_unfinished and is_other:
+            step.protect(coming)
 
 
 @contextmanager

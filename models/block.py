@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from functools import cache
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -44,13 +46,26 @@ class Surroundings:
     first: int = 0
 
 
+@cache
+def _compiled(method: Callable[..., Any]) -> Callable[..., Any]:
+    """`method`, compiled once for all layers of all networks."""
+    return torch.compile(method)
+
+
 class Block(nn.Module):
-    """One layer: modulated self-attention, cross-attention to the text, modulated feed-forward."""
+    """One layer: modulated self-attention, cross-attention to the text, modulated feed-forward.
+
+    Attributes:
+        is_compiled: Compile what comes before and behind the self-attention, where nothing depends
+            on masks or on a cache. Compiling all of `forward` breaks at the cache, and its lengths,
+            masks and layer numbers ask for more variants than the compiler keeps.
+    """
 
     def __init__(self, num_heads: int, head_dim: int, ffn_dim: int, eps: float) -> None:
         super().__init__()
         width = num_heads * head_dim
         self.eps = eps
+        self.is_compiled = False
         self.self_attn = Attention(num_heads, head_dim, eps)
         self.norm3 = nn.LayerNorm(width, eps)
         self.cross_attn = Attention(num_heads, head_dim, eps)
@@ -70,9 +85,10 @@ class Block(nn.Module):
             text: Embedded caption.  [B, T, E]
             around: The rest.
         """
-        parts = self.split_modulation(time)
-        normed = self.modulate(x, parts[0], parts[1])
-        raw_queries, raw_keys, values = self.self_attn.project(normed, normed)
+        begin, finish = Block.begin, Block.finish
+        if self.is_compiled:
+            begin, finish = _compiled(begin), _compiled(finish)
+        parts, raw_queries, raw_keys, values = begin(self, x, time)
         queries, keys = rotate(raw_queries, around.angles), rotate(raw_keys, around.angles)
         projected = Projected(raw_queries, queries, raw_keys, keys, values)
         first = around.first
@@ -86,8 +102,22 @@ class Block(nn.Module):
             unneeded = first * time.shape[1] // x.shape[1]  # frames
             x, parts = x[:, first:], tuple(part[:, unneeded:] for part in parts)
         if x.shape[1]:
-            x = self.finish(x, attended, text, parts)
+            x = finish(self, x, attended, text, parts)
         return x, projected
+
+    def begin(self, x: Tensor, time: Tensor) -> tuple[tuple[Tensor, ...], Tensor, Tensor, Tensor]:
+        """All that precedes the self-attention of a layer.
+
+        Args:
+            x: The layer's input.  [B, S, E]
+            time: Modulation of each frame.  [B, F, 6, E]
+
+        Returns:
+            Parts of the modulation; queries, keys and values before rotation, [B, N, S, D] each.
+        """
+        parts = self.split_modulation(time)
+        normed = self.modulate(x, parts[0], parts[1])
+        return parts, *self.self_attn.project(normed, normed)
 
     def match_prompt(self, x: Tensor, text: Tensor) -> Tensor:
         """Largest cosine of each token's cross-attention query with a text row's key, head mean.

@@ -144,9 +144,14 @@ def write(snapshot: Snapshot, shelf: Shelf) -> Path:
     return final
 
 
-def newest_whole(folder: Path) -> Path | None:
-    """The whole checkpoint with the most steps below `folder`, if there is one."""
-    whole = _whole(folder)
+def newest_whole(folder: Path, *, before: int | None = None) -> Path | None:
+    """The whole checkpoint with the most steps below `folder`, if there is one.
+
+    Args:
+        folder: Of all checkpoints of the stage.
+        before: Only those with fewer steps.
+    """
+    whole = [path for path in _whole(folder) if before is None or step_of(path) < before]
     return whole[-1] if whole else None
 
 

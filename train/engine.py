@@ -21,7 +21,13 @@ EMA_VERSION = 1
 
 
 class NonFiniteGradientError(RuntimeError):
-    """A gradient became infinite or undefined; training must stop at its last checkpoint."""
+    """A gradient became infinite or undefined; training must stop at its last checkpoint.
+
+    Attributes:
+        norm: Of the gradient.
+    """
+
+    norm = float("nan")
 
 
 @dataclass(frozen=True)
@@ -250,10 +256,12 @@ class Engine(ABC):
 
     def _check_finite(self, norm: float) -> float:
         if not (0 <= norm < float("inf")):
-            raise NonFiniteGradientError(
+            error = NonFiniteGradientError(
                 f"the gradient of {self.name!r} must be finite, its norm is {norm}; lower "
                 f"optimizers.{self.name}.lr or clip harder, then continue from the last checkpoint"
             )
+            error.norm = norm
+            raise error
         return norm
 
 

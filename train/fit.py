@@ -4,7 +4,7 @@ import logging
 import os
 import signal
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,10 @@ from torch import Tensor
 from configs.load import to_dict
 from configs.schema import FREE_STAGE_KEYS, RunConfig
 from train import checkpoint
+from train.alarms import Alarms
 from train.callbacks import Checkpoints, Progress, Records, SampleVideos, StopSignals
-from train.stage import Stage
+from train.failures import Failures
+from train.stage import NonFiniteError, Stage
 from train.strategy import build_strategy, uses_gpu
 from train.tracking import JsonlLogger
 from train.watchdog import Watchdog
@@ -81,6 +83,7 @@ def fit(
     decode: Callable[[Tensor], Tensor] | None = None,
     fps: int = 8,
     input_hashes: Mapping[str, str] | None = None,
+    callbacks: Sequence[L.Callback] = (),
 ) -> None:
     """Train `stage` from its newest whole checkpoint, or from the start, to its last step.
 
@@ -95,16 +98,16 @@ def fit(
         decode: Latents [F, C, H, W] to frames [F, 3, height, width] in [-1, 1], for samples.
         fps: Of sample videos.
         input_hashes: Content of each input of the stage; a checkpoint is bound to them.
+        callbacks: More of them, called before our own.
 
     Raises:
         Interrupted: If SIGTERM or SIGUSR1 ended training early.
         KeyboardInterrupt: If Ctrl-C did.
         CheckpointError: If the newest checkpoint does not fit or cannot be written.
+        TrainingFailure: If a loss or a gradient is not finite.
     """
     prepare_process(config)
-    stage.uses_bf16 = config.trainer.precision == "bf16"
-    stage.identity = identity(config, stage_name, seed=stage.seed)
-    stage.identity["inputs"] = dict(input_hashes or {})
+    attach_config(stage, config, stage_name, input_hashes=input_hashes or {})
     newest = checkpoint.newest_whole(folder / CHECKPOINTS)
     done = checkpoint.step_of(newest) if newest is not None else 0
     datamodule.start_batch = done  # type: ignore[attr-defined]
@@ -112,21 +115,36 @@ def fit(
     shelf = checkpoint.Shelf(folder / CHECKPOINTS, stage.config.keep, stage.config.keep_every)
     checkpoints = Checkpoints(shelf, every=stage.config.checkpoint_every, signals=signals)
     watchdog = Watchdog(config.trainer)
-    callbacks: list[L.Callback] = [watchdog]
+    failures = Failures(folder, checkpoints=folder / CHECKPOINTS)
+    ours: list[L.Callback] = [watchdog, failures]
     if decode is not None and stage.config.sample_every > 0:
         every = stage.config.sample_every
-        callbacks.append(SampleVideos(folder / SAMPLES, every=every, decode=decode, fps=fps))
+        ours.append(SampleVideos(folder / SAMPLES, every=every, decode=decode, fps=fps))
     name = f"{config.name}/{stage_name}"
     # In this order: a checkpoint says that samples and rows before it are written.
-    callbacks += [checkpoints, Records(config.tracking, folder=folder, name=name)]
-    callbacks.append(Progress(stage_name))
-    trainer = build_trainer(config, folder, callbacks, num_batches=stage.config.steps - done)
-    with signals, watchdog:
-        trainer.fit(stage, datamodule=datamodule)
+    ours += [checkpoints, Records(config.tracking, folder=folder, name=name)]
+    ours += [Alarms(config.tracking), Progress(stage_name)]
+    trainer = build_trainer(
+        config, folder, [*callbacks, *ours], num_batches=stage.config.steps - done
+    )
+    try:
+        with signals, watchdog:
+            trainer.fit(stage, datamodule=datamodule)
+    except NonFiniteError as error:
+        raise failures.error() from error
     if checkpoints.stopped:
         if signals.received == signal.SIGINT:
             raise KeyboardInterrupt
         raise Interrupted(stage.completed)
+
+
+def attach_config(
+    stage: Stage, config: RunConfig, stage_name: str, *, input_hashes: Mapping[str, str]
+) -> None:
+    """Tell a stage the precision of its run, and what its checkpoints are bound to."""
+    stage.uses_bf16 = config.trainer.precision == "bf16"
+    stage.identity = identity(config, stage_name, seed=stage.seed)
+    stage.identity["inputs"] = dict(input_hashes)
 
 
 def build_trainer(

@@ -21,6 +21,12 @@ def world_size() -> int:
     return dist.get_world_size() if is_distributed() else 1
 
 
+def barrier() -> None:
+    """Return when every rank has come here."""
+    if is_distributed():
+        dist.barrier()
+
+
 def host_group() -> Any:
     """A group of all ranks that talks from host to host, for use in a thread of its own.
 

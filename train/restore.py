@@ -184,7 +184,7 @@ def check_identity(own: Mapping[str, Any], described: Mapping[str, Any], folder:
         differing = differences(described["identity"], json.loads(json.dumps(own)))
         raise CheckpointError(
             f"{folder} must come from the configuration of this run; other values: "
-            f"{'; '.join(differing)}; set them back, or remove the stage's folder to start it anew"
+            f"{'; '.join(differing)}; set them back, or start the stage anew with --restart"
         )
 
 

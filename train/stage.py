@@ -19,10 +19,24 @@ from configs.checks import require_blocks
 from configs.errors import ConfigError
 from configs.schema import StageConfig
 from train.checkpoint import Snapshot, capture
-from train.engine import Engine, EngineSpec
+from train.engine import Engine, EngineSpec, NonFiniteGradientError
 from train.ranks import world_size
 from train.spans import Spans
 from train.tracking import MetricWindow
+
+
+class NonFiniteError(RuntimeError):
+    """A loss on some rank, or a gradient, is not finite; raised on all ranks, nothing is updated.
+
+    Attributes:
+        network: Whose loss or gradient.
+        loss: On this rank.
+        norm: Of the gradient over all ranks.
+    """
+
+    def __init__(self, network: str, *, loss: float, norm: float) -> None:
+        super().__init__(f"the loss of {network!r} is {loss}, the norm of its gradient {norm}")
+        self.network, self.loss, self.norm = network, loss, norm
 
 
 class Stage(L.LightningModule):
@@ -92,6 +106,8 @@ class Stage(L.LightningModule):
         self.uses_bf16 = False
         self.identity: dict[str, Any] = {}
         """What a checkpoint must have in common with the run that continues it."""
+        self.watch_row: Callable[[dict[str, float], int], dict[str, float]] | None = None
+        """From a new row of metrics and its step to what is added to the row."""
         self._restart_point: Snapshot | None = None
         self._last_end: float | None = None
         self.setup_stage()
@@ -205,20 +221,27 @@ class Stage(L.LightningModule):
         Returns:
             What to report: `loss/<name>`, the mean over the parts; `grad_norm/<name>`, the norm
             before clipping; `lr/<name>`.
+
+        Raises:
+            NonFiniteError: If the loss on any rank or the gradient is not finite.
         """
         engine, count = self.engines[name], len(parts)
         total: Tensor | float = 0.0
         for number, part in enumerate(parts, start=1):
             with engine.micro_batch(last=number == count):
                 value = loss(part) / count
-                engine.backward(value)
+                engine.backward(_tell_all_ranks(value))
             total = total + value.detach()
         rate = self.lr(name, self.completed)
-        return {
-            f"loss/{name}": total,
-            f"grad_norm/{name}": engine.step(rate),
-            f"lr/{name}": rate,
-        }
+        try:
+            norm = engine.step(rate)
+        except NonFiniteGradientError as error:
+            raise NonFiniteError(name, loss=float(total), norm=error.norm) from error
+        return {f"loss/{name}": total, f"grad_norm/{name}": norm, f"lr/{name}": rate}
+
+    def batch_at_work(self, batch: Any) -> Any:
+        """The batch whose samples a step on `batch` computes with."""
+        return batch
 
     def autocast(self) -> AbstractContextManager:
         """Bfloat16 arithmetic if the run asks for it; weights stay float32."""
@@ -248,6 +271,8 @@ class Stage(L.LightningModule):
 
     def _report_row(self) -> None:
         row = self.metrics.close()
+        if self.watch_row is not None:
+            row |= self.watch_row(row, self.completed)
         for logger in self.trainer.loggers:
             logger.log_metrics(row, step=self.completed)
 
@@ -265,6 +290,15 @@ def rank_share(config: StageConfig, world: int) -> int:
             f"x {max(1, config.micro_batch)}, found {config.batch}; change one of the three"
         )
     return config.batch // world
+
+
+def _tell_all_ranks(loss: Tensor) -> Tensor:
+    """`loss`, but its gradient is undefined if it is not finite.
+
+    The norm of the gradient, which all ranks share, then says so without a word more between them:
+    an infinite loss can have a finite gradient.
+    """
+    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
 
 def split_batch(batch: Any, count: int) -> Iterator[Any]:

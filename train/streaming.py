@@ -114,6 +114,7 @@ class Streaming(DistributionMatching):
     def setup_stage(self) -> None:
         """No stream yet: the first step starts one per micro-batch."""
         self.streams: list[Stream] = []
+        self._first_batch: LatentBatch | None = None
 
     def start_stream(self, batch: LatentBatch, step: int) -> Stream:
         """Streams that continue the first true frames of a batch."""
@@ -150,6 +151,10 @@ class Streaming(DistributionMatching):
             next_text=batch.next_text if isinstance(batch, SwitchBatch) else batch.text,
         )
 
+    def batch_at_work(self, batch: LatentBatch) -> LatentBatch:
+        """The batch that the running streams began with."""
+        return self._first_batch if self.streams and self._first_batch is not None else batch
+
     def _draw_switch(self, step: int) -> int:
         """A chunk start in the stream, or 0; ranks agree, so that all re-cache together."""
         params = self.params
@@ -164,6 +169,7 @@ class Streaming(DistributionMatching):
         """One chunk: critic step, preceded by a student step when due."""
         if not self.streams:
             self.mark_restart_point()
+            self._first_batch = batch
             self.streams = [self.start_stream(part, step) for part in self.micro_batches(batch)]
         for stream in self.streams:
             self.switch_prompt(stream)

@@ -144,7 +144,7 @@ def test_show_prints_values_sizes_and_steps(capsys, tmp_path):
 
 
 def test_a_bug_is_not_hidden(monkeypatch, tmp_path):
-    def broken(*_: object) -> None:
+    def broken(*_: object, **options: object) -> None:
         raise KeyError("a bug")
 
     monkeypatch.setattr(plan, "run", broken)
@@ -153,7 +153,7 @@ def test_a_bug_is_not_hidden(monkeypatch, tmp_path):
 
 
 def test_ctrl_c_exits_with_130_and_says_how_to_continue(monkeypatch, capsys, tmp_path):
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **options: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(plan, "run", interrupted)
@@ -163,7 +163,7 @@ def test_ctrl_c_exits_with_130_and_says_how_to_continue(monkeypatch, capsys, tmp
 
 def test_a_missing_file_that_the_user_named_is_no_bug_and_any_other_is(monkeypatch, capsys):
     def opens(name: str) -> None:
-        monkeypatch.setattr(plan, "run", lambda _: Path(name).read_text())
+        monkeypatch.setattr(plan, "run", lambda _, **options: Path(name).read_text())
 
     opens("seed=1")  # any word of the command
     assert "'seed=1' must exist" in fails(capsys, "run", TINY, "seed=1")

@@ -81,3 +81,8 @@ def with_engines(stage: Stage) -> Stage:
     """The stage with an engine of one process for every network that it trains."""
     stage.engines = build_engines(stage.engine_specs(), SingleEngine)
     return stage
+
+
+def build(kind: str, params: dict | None = None, **changes) -> Stage:
+    """A small stage with engines."""
+    return with_engines(small_stage(kind, params, **changes))

@@ -9,16 +9,12 @@ import train.distill
 from configs.errors import ConfigError
 from configs.schema import StageConfig
 from data.datamodule import SwitchBatch
-from tests.train.small_stages import FRAMES, batch, small_stage, with_engines
+from tests.train.small_stages import FRAMES, batch, build
 from train import checkpoint
 from train.causal import random_visibility
 from train.distill import Distill, DistillParams
 from train.restore import restore
 from train.streaming import Streaming
-
-
-def build(kind, params=None, **changes):
-    return with_engines(small_stage(kind, params, **changes))
 
 
 def distill(lr: float = 1e-3, **params) -> Distill:

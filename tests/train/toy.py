@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from configs.errors import UserError
 from configs.schema import OptimConfig, RunConfig, StageConfig, TrackingConfig, TrainerConfig
 from train import checkpoint
-from train.engine import NonFiniteGradientError
+from train.failures import TrainingFailure
 from train.fit import Interrupted, fit
 from train.randomness import sample_noise
 from train.ranks import rank, world_size
@@ -236,7 +236,7 @@ def main(words: list[str]) -> None:
         if "--then" not in sys.argv:
             raise
         return
-    except NonFiniteGradientError as error:
+    except TrainingFailure as error:
         (folder / f"rank-{rank()}-failed").write_text(str(error))
         return
     save_weights(stage, folder / "final.safetensors")
@@ -252,9 +252,10 @@ def arrange(stage: Stage, event: str, *, ranks: int) -> None:
     """Let `event` happen: WHAT:STEP[:RANK], by default on the last rank.
 
     kill, stop, term, int: a signal within a step, after its first update. sleep: a hang. raise: a
-    bug. refuse: bad input. nan: a poisoned batch. save, saved: SIGKILL within the writing of the
-    rank's file, or after it. pointer: SIGKILL between the appearance of the checkpoint and the
-    pointer to it (what rank 0 alone does). slow:SECONDS: what every step of every rank waits.
+    bug. refuse: bad input. nan: a poisoned batch. inf: a loss of the critic that is infinite, with
+    a finite gradient. save, saved: SIGKILL within the writing of the rank's file, or after it.
+    pointer: SIGKILL between the appearance of the checkpoint and the pointer to it (what rank 0
+    alone does). slow:SECONDS: what every step of every rank waits.
     """
     what, step, place = (*event.split(":"), "", "")[:3]
     if what == "slow":
@@ -285,6 +286,11 @@ def poison(stage: Stage, step: int) -> None:
     stage.update = lambda batch, now: update(
         replace(batch, latents=batch.latents * math.nan) if now == step else batch, now
     )
+
+
+def lose(stage: Stage, step: int) -> None:
+    loss = stage.critic_loss
+    stage.critic_loss = lambda batch: loss(batch) + (math.inf if stage.completed == step else 0)
 
 
 def kill_in_save(stage: Stage, step: int) -> None:
@@ -330,6 +336,7 @@ EVENTS = {
     "raise": meet(lambda: fail(ZeroDivisionError("a bug"))),
     "refuse": meet(lambda: fail(UserError("the input must fit, found none; give another"))),
     "nan": poison,
+    "inf": lose,
     "save": kill_in_save,
     "saved": kill_when_saved,
     "pointer": kill_before_pointer,
