@@ -323,12 +323,19 @@ class TrainerConfig:
     precision: str = "fp32"
     threads: int = 2
     """CPU threads of each process; 0 leaves the choice to torch."""
+    peak_tflops: float = 0.0
+    """What `speed/mfu` is a share of, in TFLOP/s of one device; 0 = bfloat16 products of the devices
+    in `train/hardware.py`, and no `speed/mfu` on others."""
 
     def __post_init__(self) -> None:
         require_choice("trainer.strategy", self.strategy, ("single", "deepspeed"))
         require_choice("trainer.precision", self.precision, ("fp32", "bf16"))
         require_choice("trainer.accelerator", self.accelerator, ("auto", "cpu", "gpu"))
         require_positive(self, "devices", "num_nodes")
+        require(
+            self.peak_tflops >= 0,
+            f"trainer.peak_tflops must not be negative, found {self.peak_tflops}",
+        )
         require(
             self.zero_stage in (0, 1, 2),
             f"trainer.zero_stage must be 0, 1 or 2, found {self.zero_stage}; "

@@ -21,7 +21,7 @@ from train import checkpoint
 from train.randomness import derive_seed, seed_generators
 from train.ranks import on_any_rank, rank
 from train.stage import Stage
-from train.tracking import JsonlLogger, build_wandb
+from train.tracking import MACHINE_KEYS, JsonlLogger, build_wandb
 
 LINE_SECONDS = 10.0
 """Between two lines of progress where standard error is no terminal."""
@@ -125,7 +125,8 @@ class Checkpoints(L.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, JsonlLogger):
                 logger.save()
-        checkpoint.write(stage.snapshot(), self.folder, keep=self.keep)
+        with stage.spans("checkpoint"):
+            checkpoint.write(stage.snapshot(), self.folder, keep=self.keep)
 
 
 class Records(L.Callback):
@@ -292,7 +293,7 @@ def _headline(stage: Stage) -> str:
     values = {
         key: value
         for key, value in stage.metrics.latest.items()
-        if not key.endswith(("_seconds", "_per_second"))
+        if not key.startswith(MACHINE_KEYS)
     }
     if not values:
         return "no loss yet"

@@ -94,6 +94,7 @@ def fit(
     """
     prepare_process(config)
     stage.uses_bf16 = config.trainer.precision == "bf16"
+    stage.speed.peak_tflops = config.trainer.peak_tflops
     stage.identity = identity(config, stage_name, seed=stage.seed)
     stage.identity["inputs"] = dict(input_hashes or {})
     newest = checkpoint.newest_whole(folder / CHECKPOINTS)

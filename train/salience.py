@@ -146,10 +146,15 @@ class SalienceStage(Stage):
         )
         return found
 
+    def step_kind(self, step: int) -> str:
+        """Whether the step gathers statistics or trains."""
+        return "statistics" if step < self.params.statistics_steps else "training"
+
     def update(self, batch: LatentBatch, step: int) -> dict[str, Tensor | float]:
         """Gather statistics in the first steps, then one step of the head."""
         if step < self.params.statistics_steps:
-            self.gathered += [self.targets(part).cpu() for part in self.micro_batches(batch)]
+            with self.spans("score"):
+                self.gathered += [self.targets(part).cpu() for part in self.micro_batches(batch)]
             if step == self.params.statistics_steps - 1:
                 self.fit_statistics()
             return {}

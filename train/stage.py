@@ -5,7 +5,6 @@ A stage overrides `update`, and where it needs to `setup_stage`, `preview`, `ext
 """
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields, replace
@@ -20,7 +19,9 @@ from configs.errors import ConfigError
 from configs.schema import StageConfig
 from train.checkpoint import Snapshot, capture
 from train.engine import Engine, EngineSpec
-from train.ranks import world_size
+from train.hardware import take_memory
+from train.spans import Spans
+from train.speed import Speedometer
 from train.tracking import MetricWindow
 
 
@@ -47,6 +48,8 @@ class Stage(L.LightningModule):
         frames_per_block: Latent frames denoised together.
         frame_seq_len: Tokens per latent frame.
         metrics: What has been reported since the last row of metrics.
+        spans: Where the time of the steps goes.
+        speed: What steps cost.
     """
 
     params_type: ClassVar[type]
@@ -89,8 +92,9 @@ class Stage(L.LightningModule):
         self.uses_bf16 = False
         self.identity: dict[str, Any] = {}
         """What a checkpoint must have in common with the run that continues it."""
+        self.spans = Spans()
+        self.speed = Speedometer(self)
         self._restart_point: Snapshot | None = None
-        self._last_end: float | None = None
         self.setup_stage()
 
     @classmethod
@@ -137,6 +141,13 @@ class Stage(L.LightningModule):
         """
         raise NotImplementedError(f"{type(self).__name__} must define update(batch, step)")
 
+    def step_kind(self, step: int) -> str:
+        """Steps of the same kind, on batches of the same size, take the same arithmetic.
+
+        Asked before `update`; must follow from what a checkpoint holds.
+        """
+        return "step"
+
     def preview(self, batch: Any) -> Tensor | None:
         """Latents to show as videos, made without gradients and with generators of its own.
 
@@ -158,7 +169,8 @@ class Stage(L.LightningModule):
 
         Called in `update`, before anything has changed.
         """
-        self._restart_point = capture(self)
+        with self.spans("checkpoint"):
+            self._restart_point = capture(self)
 
     def snapshot(self) -> Snapshot:
         """The state that a checkpoint made now shall hold."""
@@ -199,15 +211,15 @@ class Stage(L.LightningModule):
         engine, count = self.engines[name], len(parts)
         total: Tensor | float = 0.0
         for number, part in enumerate(parts, start=1):
-            value = loss(part) / count
-            engine.backward(value, last=number == count)
+            with self.spans("score"):
+                value = loss(part) / count
+            with self.spans("backward"):
+                engine.backward(value, last=number == count)
             total = total + value.detach()
         rate = self.lr(name, self.completed)
-        return {
-            f"loss/{name}": total,
-            f"grad_norm/{name}": engine.step(rate),
-            f"lr/{name}": rate,
-        }
+        with self.spans("optimizer"):
+            norm = engine.step(rate)
+        return {f"loss/{name}": total, f"grad_norm/{name}": norm, f"lr/{name}": rate}
 
     def autocast(self) -> AbstractContextManager:
         """Bfloat16 arithmetic if the run asks for it; weights stay float32."""
@@ -215,29 +227,28 @@ class Stage(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """One step: `update`, then the metrics; Lightning calls it."""
-        start = time.perf_counter()
-        waited = start - self._last_end if self._last_end is not None else 0.0
-        with self.autocast():
+        with self.speed.step(batch), self.autocast():
             reported = self.update(batch, self.completed)
+            values = {key: float(value) for key, value in reported.items()}  # waits for the device
         self.completed += 1
-        self._last_end = time.perf_counter()
-        samples = self.config.batch * self.config.accumulate * world_size()
-        clocks = {
-            "step_seconds": self._last_end - start,
-            "wait_seconds": waited,
-            "samples_per_second": samples / (self._last_end - start + waited),
-        }
-        values = {key: float(value) for key, value in reported.items()}
-        self.metrics.add(values | clocks)
+        self.metrics.add(values | self.speed.latest)
         if self.completed % self.config.log_every == 0 or self.completed == self.config.steps:
             self._report_row()
+
+    def on_train_start(self) -> None:
+        """What comes now is waiting for the first batch; Lightning calls it after callbacks."""
+        self.speed.start()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """The same for the next batch."""
+        self.spans.begin("data")
 
     def configure_optimizers(self) -> None:
         """Nothing: the engines own the optimisers."""
         return
 
     def _report_row(self) -> None:
-        row = self.metrics.close()
+        row = self.speed.row(self.metrics.close(take_memory(self.device)))
         for logger in self.trainer.loggers:
             logger.log_metrics(row, step=self.completed)
 

@@ -163,14 +163,14 @@ class Streaming(DistributionMatching):
         """One chunk: critic step, preceded by a student step when due."""
         if not self.streams:
             self.mark_restart_point()
-            self.streams = [self.start_stream(part, step) for part in self.micro_batches(batch)]
-        for stream in self.streams:
-            self.switch_prompt(stream)
+        with self.spans("rollout"):
+            self.prepare_streams(batch, step)
         train_student, frames = self.trains_student(step), batch.latents.shape[1]
         metrics: dict[str, Tensor | float] = {}
 
         def student(stream: Stream) -> Tensor:
-            window = self.next_window(stream, step, frames, grad=True)
+            with self.spans("rollout"):
+                window = self.next_window(stream, step, frames, grad=True)
             return self.student_loss(window, stream.text, *self.score_inputs(stream))
 
         def critic(stream: Stream) -> Tensor:
@@ -179,13 +179,31 @@ class Streaming(DistributionMatching):
         if train_student:
             metrics |= self.optimise("student", student, self.streams)
         else:
-            for stream in self.streams:
-                self.next_window(stream, step, frames, grad=False)
+            with self.spans("rollout"):
+                for stream in self.streams:
+                    self.next_window(stream, step, frames, grad=False)
         metrics |= self.optimise("critic", critic, self.streams)
         length = self.streams[0].cache.num_frames
         if length + self.params.chunk_frames > self.params.stream_frames:
             self.streams = []
         return metrics | {"stream_frames": float(length)}
+
+    def prepare_streams(self, batch: LatentBatch, step: int) -> None:
+        """Start streams if there are none; change their prompts if it is time."""
+        if not self.streams:
+            self.streams = [self.start_stream(part, step) for part in self.micro_batches(batch)]
+        for stream in self.streams:
+            self.switch_prompt(stream)
+
+    def step_kind(self, step: int) -> str:
+        """With what the cache holds and whether it is rebuilt, on which arithmetic depends."""
+        kind = super().step_kind(step)
+        if not self.streams:
+            return f"{kind}, new"
+        cache, stream = self.streams[0].cache, self.streams[0]
+        switches = cache.num_frames == stream.switch_frame
+        window = stream.history.shape[1]
+        return f"{kind}, {cache.num_tokens} tokens, window {window}, switch {switches}"
 
     def next_window(self, stream: Stream, step: int, frames: int, *, grad: bool) -> Tensor:
         """Grow a stream by one chunk; its last `frames` frames, with gradient in the chunk."""

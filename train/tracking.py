@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 PUBLIC_SERVER = "https://api.wandb.ai"
 CONNECT_SECONDS = 5.0
 RUN_ID_FILE = "wandb_id"
+MACHINE_KEYS = ("speed/", "memory/")
+"""Beginnings of the metrics that differ from run to run."""
 
 
 class MetricWindow:
@@ -39,16 +41,23 @@ class MetricWindow:
             entry[0] += value
             entry[1] += 1
 
-    def close(self) -> dict[str, float]:
-        """Mean of each key over steps and ranks since the last call.  All ranks must call it."""
+    def close(self, peaks: Mapping[str, float] | None = None) -> dict[str, float]:
+        """Mean of each key over steps and ranks since the last call.  All ranks must call it.
+
+        Args:
+            peaks: Values of this rank of which the largest of any rank joins the means.
+        """
         total: dict[str, list[float]] = {}
-        for sums in gather_objects(self._sums):
+        largest: dict[str, float] = {}
+        for sums, highest in gather_objects((self._sums, dict(peaks or {}))):
             for key, (value, count) in sums.items():
                 entry = total.setdefault(key, [0.0, 0])
                 entry[0] += value
                 entry[1] += count
+            for key, value in highest.items():
+                largest[key] = max(value, largest.get(key, value))
         self._sums = {}
-        return {key: value / count for key, (value, count) in total.items()}
+        return {key: value / count for key, (value, count) in total.items()} | largest
 
     def state(self) -> dict[str, list[float]]:
         """What `load_state` needs."""
@@ -62,8 +71,8 @@ class MetricWindow:
 class JsonlLogger(Logger):
     """One JSON object per row of metrics; a value that is not finite is written as null.
 
-    Clock readings have keys that end in `_seconds` or `_per_second`. All other values of a run
-    that was interrupted and continued equal those of a run that was not.
+    What clock and machine decide has keys that start with one of `MACHINE_KEYS`. All other values
+    of a run that was interrupted and continued equal those of a run that was not.
     """
 
     def __init__(self, path: Path) -> None:

@@ -78,6 +78,9 @@ class ToyStage(Stage):
     def setup_stage(self):
         self.mean = torch.zeros(WIDTH)
 
+    def step_kind(self, step: int):
+        return "both" if step % 2 == 0 else "critic"
+
     def update(self, batch: ToyBatch, step: int):
         self.at_update(step)
         metrics = {}
