@@ -77,6 +77,7 @@ def count_flops(modules: Iterable[nn.Module]) -> Iterator[FlopCounter]:
     """
     with FlopCounter() as counter:
         if any(module._compiled_call_impl is not None for module in modules):
+            # Or else torch would see a counter at work and never compile these modules again.
             with torch.compiler.set_stance("force_eager"):
                 yield counter
         else:

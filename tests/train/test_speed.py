@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from models.attention import block_causal_mask
 from tests.models.small import SIZES, small_transformer
-from tests.train.toy import WIDTH, ToyStage, final_weights, toy_config, toy_stage, train
+from tests.train.toy import WIDTH, ToyStage, final_weights, toy_batch, toy_config, toy_stage, train
 from train.flops import FlopCounter, count_flops
 from train.hardware import peak_flops, peak_of_name, take_memory
 from train.spans import SPANS, Spans
@@ -106,17 +106,36 @@ def test_counting_changes_no_bit_of_a_training_and_happens_once_per_kind(tmp_pat
     assert all(torch.equal(weights[key], plain[key]) for key in plain)
 
 
-def test_a_compiled_module_is_counted_as_it_was_written():
-    network = nn.Linear(3, 4)
-    network.compile(backend="eager")
-    traced = []
-    network.register_forward_hook(lambda *_: traced.append(torch.compiler.is_compiling()))
-    with count_flops([network]) as counter:
+def test_a_module_is_counted_before_it_is_compiled_and_compiled_after():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 4)
+
+        def forward(self, x):
+            return self.linear(x) + 1
+
+    compiled, network = [], Net()
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    network.compile(backend=backend)
+    with count_flops(network.modules()) as counter:
         network(torch.ones(2, 3))
-    assert (counter.total, traced) == (2 * 2 * 3 * 4, [False])
+    assert (counter.total, len(compiled)) == (2 * 2 * 3 * 4, 0)
+    network(torch.ones(2, 3))
+    assert len(compiled) == 1
 
 
-def test_parts_of_a_step_add_up_to_its_time(tmp_path):
+def test_parts_of_a_step_add_up_to_its_time(tmp_path, monkeypatch):
+    def slow_batch(*args, **kwargs):
+        time.sleep(0.02)
+        return toy_batch(*args, **kwargs)
+
+    monkeypatch.setattr("tests.train.toy.toy_batch", slow_batch)
+
     class Slow(ToyStage):
         def critic_loss(self, batch):
             time.sleep(0.02)
@@ -134,6 +153,7 @@ def test_parts_of_a_step_add_up_to_its_time(tmp_path):
     assert sum(parts.values()) == pytest.approx(whole, rel=0.05)
     assert all(seconds > 0 for seconds in parts.values())
     assert parts["score"] > 0.02
+    assert 0.02 < parts["data"] <= row["speed/wait_seconds"]
     assert 0.01 < parts["rollout"] < 0.015
     assert row["speed/samples_per_second"] == pytest.approx(4 / whole)
     assert row["speed/frames_per_second"] == row["speed/tokens_per_second"]  # one of one token
