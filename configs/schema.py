@@ -324,8 +324,8 @@ class TrainerConfig:
     threads: int = 2
     """CPU threads of each process; 0 leaves the choice to torch."""
     peak_tflops: float = 0.0
-    """What `speed/mfu` is a share of, in TFLOP/s of one device; 0 = bfloat16 products of the devices
-    in `train/hardware.py`, and no `speed/mfu` on others."""
+    """What `speed/mfu` is a share of, in TFLOP/s of one device; 0 = the bfloat16 peak of devices
+    that `train/hardware.py` knows, and no `speed/mfu` on others."""
 
     def __post_init__(self) -> None:
         require_choice("trainer.strategy", self.strategy, ("single", "deepspeed"))
@@ -356,9 +356,18 @@ class TrackingConfig:
     """`auto` is online with a key and offline without one."""
     project: str = "pafukv"
     group: str = ""
+    """Of the W&B runs, one per stage; empty = the name of the run."""
+    artifacts: bool = True
+    """Whether the exports go to W&B, as artifacts of type `model`."""
+    finish_seconds: int = 20
+    """Longest wait for the W&B server at the end of a stage; what it has not taken by then stays
+    on disk for `wandb sync`."""
+    upload_seconds: int = 1800
+    """The same for the upload of an export."""
 
     def __post_init__(self) -> None:
         require_choice("tracking.wandb", self.wandb, ("auto", "offline", "online", "off"))
+        require_positive(self, "finish_seconds", "upload_seconds")
 
 
 @dataclass

@@ -19,12 +19,13 @@ from launch.plan import data_folder, run_folder, targets_folder
 from launch.student import head_from_config, transformer_from_config
 from train.causal import Causal
 from train.distill import Distill
-from train.fit import fit
+from train.fit import fit, run_info
 from train.randomness import derive_seed
 from train.salience import SalienceStage
 from train.stage import Stage
 from train.streaming import Streaming
 from train.teacher import Teacher
+from train.tracking import log_export
 
 STAGES: dict[str, type[Stage]] = {
     "teacher": Teacher,
@@ -243,6 +244,7 @@ def run_stage(config: RunConfig, stage_name: str) -> None:
         decode=codec.decode,
         fps=config.source.world.fps,
         input_hashes=parents,
+        data_hash=datamodule.shards.hash,
     )
     weights = {}
     for stem, name in stage.exported.items():
@@ -253,10 +255,20 @@ def run_stage(config: RunConfig, stage_name: str) -> None:
             weights[stem] = dict(stage.frozen[name].state_dict())
     if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return
-    write_export(
-        folder / "export",
-        weights=weights,
-        manifest=export_manifest(config, stage, stage_name, exports),
+    manifest = export_manifest(config, stage, stage_name, exports)
+    digest = write_export(folder / "export", weights=weights, manifest=manifest)
+    shown = ("role", "stage", "kind", "train_seed", "steps", "parents", "config_hash")
+    log_export(
+        config.tracking,
+        run_info(
+            config,
+            stage_name,
+            folder=folder,
+            identity=stage.identity,
+            data=datamodule.shards.hash,
+        ),
+        export=folder / "export",
+        metadata={key: manifest[key] for key in shown} | {"hash": digest},
     )
 
 

@@ -21,7 +21,7 @@ from train import checkpoint
 from train.randomness import derive_seed, seed_generators
 from train.ranks import on_any_rank, rank
 from train.stage import Stage
-from train.tracking import MACHINE_KEYS, JsonlLogger, build_wandb
+from train.tracking import MACHINE_KEYS, JsonlLogger, RunInfo, build_wandb, close_wandb
 
 LINE_SECONDS = 10.0
 """Between two lines of progress where standard error is no terminal."""
@@ -132,10 +132,9 @@ class Checkpoints(L.Callback):
 class Records(L.Callback):
     """Opens the places that metrics go to and closes them; must come after `Checkpoints`."""
 
-    def __init__(self, tracking: TrackingConfig, *, folder: Path, name: str) -> None:
+    def __init__(self, tracking: TrackingConfig, about: RunInfo) -> None:
         self.tracking = tracking
-        self.folder = folder
-        self.name = name
+        self.about = about
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Rows beyond the restored step are dropped; W&B is told the configuration."""
@@ -144,9 +143,7 @@ class Records(L.Callback):
             if isinstance(logger, JsonlLogger):
                 logger.open(resumed_step=pl_module.completed)
         if rank() == 0 and pl_module.completed < pl_module.config.steps:
-            mirror = build_wandb(
-                self.tracking, folder=self.folder, name=self.name, config=pl_module.identity
-            )
+            mirror = build_wandb(self.tracking, self.about)
             trainer.loggers = [*trainer.loggers, *([mirror] if mirror is not None else [])]
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -155,7 +152,7 @@ class Records(L.Callback):
             if isinstance(logger, JsonlLogger):
                 logger.close()
             elif isinstance(logger, WandbLogger):
-                logger.experiment.finish()
+                close_wandb(logger)
         trainer.loggers = [log for log in trainer.loggers if not isinstance(log, WandbLogger)]
 
 

@@ -17,7 +17,8 @@ from train import checkpoint
 from train.callbacks import Checkpoints, Progress, Records, SampleVideos, StopSignals
 from train.stage import Stage
 from train.strategy import build_strategy, uses_gpu
-from train.tracking import JsonlLogger
+from train.tracking import JsonlLogger, RunInfo
+from train.versions import code_version
 
 CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
@@ -72,6 +73,7 @@ def fit(
     decode: Callable[[Tensor], Tensor] | None = None,
     fps: int = 8,
     input_hashes: Mapping[str, str] | None = None,
+    data_hash: str | None = None,
 ) -> None:
     """Train `stage` from its newest whole checkpoint, or from the start, to its last step.
 
@@ -86,6 +88,7 @@ def fit(
         decode: Latents [F, C, H, W] to frames [F, 3, height, width] in [-1, 1], for samples.
         fps: Of sample videos.
         input_hashes: Content of each input of the stage; a checkpoint is bound to them.
+        data_hash: Of the shards, for the records.
 
     Raises:
         Interrupted: If SIGTERM or SIGUSR1 ended training early.
@@ -111,9 +114,9 @@ def fit(
     if decode is not None and stage.config.sample_every > 0:
         every = stage.config.sample_every
         callbacks.append(SampleVideos(folder / SAMPLES, every=every, decode=decode, fps=fps))
-    name = f"{config.name}/{stage_name}"
+    about = run_info(config, stage_name, folder=folder, identity=stage.identity, data=data_hash)
     # In this order: a checkpoint says that samples and rows before it are written.
-    callbacks += [checkpoints, Records(config.tracking, folder=folder, name=name)]
+    callbacks += [checkpoints, Records(config.tracking, about)]
     callbacks.append(Progress(stage_name))
     trainer = build_trainer(config, folder, callbacks, num_batches=stage.config.steps - done)
     with signals:
@@ -160,6 +163,33 @@ def identity(config: RunConfig, stage_name: str, *, seed: int) -> dict[str, Any]
     shared = {key: whole[key] for key in sections}
     del shared["data"]["workers"]  # who reads a sample does not change it
     return {"name": stage_name, "seed": seed, "stage": stage, "trainer": trainer} | shared
+
+
+def run_info(
+    config: RunConfig,
+    stage_name: str,
+    *,
+    folder: Path,
+    identity: Mapping[str, Any],
+    data: str | None,
+) -> RunInfo:
+    """What W&B is told of the training of a stage; one group per run unless configured.
+
+    Args:
+        config: Of the run.
+        stage_name: Name of the stage in the plan.
+        folder: Of the stage.
+        identity: Of the stage.
+        data: Hash of the shards.
+    """
+    shown = {
+        "config": to_dict(config),
+        "identity": dict(identity),
+        "code": code_version(),
+        "data": data,
+    }
+    group = config.tracking.group or config.name
+    return RunInfo(f"{config.name}/{stage_name}", group, folder, shown)
 
 
 def prepare_process(config: RunConfig) -> None:

@@ -156,10 +156,9 @@ def toy_config(**changes) -> RunConfig:
         accumulate=changes.pop("accumulate", 1),
         sample_every=changes.pop("sample_every", 0),
     )
+    tracking = changes.pop("tracking", TrackingConfig(wandb="off"))
     trainer = TrainerConfig(accelerator="cpu", threads=1, **changes)
-    return RunConfig(
-        name="toy", stages={"toy": stage}, trainer=trainer, tracking=TrackingConfig(wandb="off")
-    )
+    return RunConfig(name="toy", stages={"toy": stage}, trainer=trainer, tracking=tracking)
 
 
 def toy_stage(config: RunConfig, kind: type[Stage] = ToyStage) -> Stage:
