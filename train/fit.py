@@ -14,7 +14,8 @@ from torch import Tensor
 from configs.load import to_dict
 from configs.schema import FREE_STAGE_KEYS, RunConfig
 from train import checkpoint
-from train.callbacks import Checkpoints, Progress, Records, SampleVideos, StopSignals
+from train.callbacks import Checkpoints, Progress, Records, StopSignals
+from train.samples import SampleVideos
 from train.stage import Stage
 from train.strategy import build_strategy, uses_gpu
 from train.tracking import JsonlLogger, RunInfo

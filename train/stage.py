@@ -156,6 +156,14 @@ class Stage(L.LightningModule):
         """
         return None
 
+    def preview_salience(self, batch: Any) -> Tensor | None:
+        """What the head says of the tokens that `preview` shows, `later`, mean over layers.
+
+        Returns:
+            Standardised; None if there is no head or nothing to show.  [B, F, rows, columns]
+        """
+        return None
+
     def extra_state(self) -> dict[str, Tensor]:
         """Tensors beyond engines and counters that this rank needs to continue exactly."""
         return {}

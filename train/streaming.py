@@ -23,6 +23,7 @@ from models.rollout import NoiseSource, make_cache, recache, refresh
 from models.salience import SalienceHead
 from train.distill import DistributionMatching, DistributionMatchingParams
 from train.randomness import derive_seeds, step_integer
+from train.salience import clean_hidden, later_map
 
 
 @dataclass
@@ -243,3 +244,19 @@ class Streaming(DistributionMatching):
     def preview(self, batch: LatentBatch) -> Tensor | None:
         """The last window of the running streams.  [B, F, C, H, W]."""
         return self.streams[0].history if self.streams else None
+
+    @torch.no_grad()
+    def preview_salience(self, batch: LatentBatch) -> Tensor | None:
+        """The head on that window, as if nothing had come before.  [B, F, rows, columns]."""
+        if not self.streams:
+            return None
+        stream, head = self.streams[0], self.frozen["head"]
+        assert isinstance(head, SalienceHead)
+        hidden = clean_hidden(
+            self.engine("student"),
+            stream.history,
+            stream.text,
+            frames_per_block=self.frames_per_block,
+            block_len=self.block_len,
+        )
+        return later_map(head, hidden)
