@@ -165,15 +165,28 @@ def _build_network(
 
 
 def new_stage(
-    config: RunConfig, stage_name: str, exports: Mapping[str, Export], *, frozen: Iterable[str]
+    config: RunConfig,
+    stage_name: str,
+    exports: Mapping[str, Export],
+    *,
+    frozen: Iterable[str],
+    is_fresh: bool = False,
 ) -> Stage:
-    """A stage with its trainable networks and those of its frozen ones that are named."""
+    """A stage with its trainable networks and those of its frozen ones that are named.
+
+    Args:
+        config: Of the run.
+        stage_name: Of the stage.
+        exports: Its inputs by role.
+        frozen: Names of frozen networks.
+        is_fresh: Whether all networks get fresh weights and no input is needed.
+    """
     settings = config.stages[stage_name]
     cls = stage_type(settings.kind)
     grid = token_grid(config)
     trained, read = (
         {
-            name: _build_network(config, stage_name, name, sources, exports)
+            name: _build_network(config, stage_name, name, () if is_fresh else sources, exports)
             for name, sources in wanted.items()
         }
         for wanted in (cls.network_sources, {name: cls.frozen_sources[name] for name in frozen})
@@ -203,7 +216,15 @@ def build_stage(config: RunConfig, stage_name: str) -> tuple[Stage, LatentDataMo
     if isinstance(stage, SalienceStage) and stage.params.targets == STORED:
         source = target_source(config, stage, exports["teacher"])
         targets = TargetSet(targets_folder(config, stage_name), source)
-    datamodule = LatentDataModule(
+    return stage, build_data(config, stage, targets)
+
+
+def build_data(
+    config: RunConfig, stage: Stage, targets: TargetSet | None = None
+) -> LatentDataModule:
+    """The batches of a stage, from the shards of the run."""
+    settings = stage.config
+    return LatentDataModule(
         latents_folder(config),
         batch_size=settings.batch * settings.accumulate,
         frames=settings.frames,
@@ -213,7 +234,6 @@ def build_stage(config: RunConfig, stage_name: str) -> tuple[Stage, LatentDataMo
         num_batches=settings.steps,
         targets=targets,
     )
-    return stage, datamodule
 
 
 def target_source(config: RunConfig, stage: SalienceStage, teacher: Export) -> TargetSource:
