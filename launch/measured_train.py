@@ -27,6 +27,8 @@ from train.stage import Stage
 CONFIGS = Path(__file__).parents[1] / "configs"
 PRODUCT_SIZE = 2048
 """Rows and columns of the matrices whose product gives a CPU's peak."""
+STAGES = ("teacher", "causal", "salience_causal", "distill", "salience", "streaming", "control")
+"""Of the demo's plan."""
 SHAPES: dict[str, list[str]] = {
     "demo": [str(CONFIGS / "demo.yaml")],
     "tiny": [str(CONFIGS / "tiny.yaml")],
@@ -45,17 +47,14 @@ SHAPES: dict[str, list[str]] = {
         "model.rope_theta=10000.0",
         "model.frames_per_block=3",
         "trainer.precision=bf16",
-        "stages.distill.params.prefix_frames=[3]",
-        "stages.distill.params.budgets=[14040]",
+        *(f"stages.{name}.params.prefix_frames=[3]" for name in ("distill", "control")),
+        *(f"stages.{name}.params.budgets=[14040]" for name in ("distill", "control")),
         "stages.streaming.params.budget_tokens=14040",
         "stages.streaming.params.prefix_frames=3",
         "stages.streaming.params.chunk_frames=6",
         "stages.streaming.params.stream_frames=45",
         "stages.streaming.params.max_lag=20",
-        *(f"stages.{name}.batch=1" for name in ("teacher", "causal", "salience_causal")),
-        *(f"stages.{name}.batch=1" for name in ("distill", "salience", "streaming", "control")),
-        *(f"stages.{name}.frames=21" for name in ("teacher", "causal", "salience_causal")),
-        *(f"stages.{name}.frames=21" for name in ("distill", "salience", "streaming", "control")),
+        *(f"stages.{name}.{size}" for name in STAGES for size in ("batch=1", "frames=21")),
     ],
 }
 """Plans by name. `demo` is what a laptop trains; a step of `tiny` is too short to mean anything;
