@@ -344,6 +344,9 @@ class TrainerConfig:
     """Compile what the transformers' layers do before and behind self-attention, which itself, and
     all that touches a cache, stays as it is. The first steps then take minutes; numbers differ by
     rounding."""
+    peak_tflops: float = 0.0
+    """What `speed/mfu` is a share of, in TFLOP/s of one device; 0 = the bfloat16 peak of devices
+    that `train/hardware.py` knows, and no `speed/mfu` on others."""
 
     def __post_init__(self) -> None:
         require_choice("trainer.strategy", self.strategy, ("single", "ddp", "deepspeed"))
@@ -356,6 +359,10 @@ class TrainerConfig:
         require(
             self.zero_stage in (0, 1, 2, 3),
             f"trainer.zero_stage must be 0, 1, 2 or 3, found {self.zero_stage}",
+        )
+        require(
+            self.peak_tflops >= 0,
+            f"trainer.peak_tflops must not be negative, found {self.peak_tflops}",
         )
         require(
             not self.offload_optimizer or (self.strategy == "deepspeed" and self.zero_stage > 0),
@@ -387,6 +394,14 @@ class TrackingConfig:
     """`auto` is online with a key and offline without one."""
     project: str = "pafukv"
     group: str = ""
+    """Of the W&B runs, one per stage; empty = the name of the run."""
+    artifacts: bool = True
+    """Whether the exports go to W&B, as artifacts of type `model`."""
+    finish_seconds: int = 20
+    """Longest wait for the W&B server at the end of a stage; what it has not taken by then stays
+    on disk for `wandb sync`."""
+    upload_seconds: int = 1800
+    """The same for the upload of an export."""
     alarm_factor: float = 4.0
     """Growth of a loss over its best earlier mean that is an alarm, see `train/alarms.py`; 0 = no
     alarms."""
@@ -403,6 +418,7 @@ class TrackingConfig:
             f"tracking.alarm_rows must not be negative, found {self.alarm_rows}",
         )
         require_choice("tracking.wandb", self.wandb, ("auto", "offline", "online", "off"))
+        require_positive(self, "finish_seconds", "upload_seconds")
 
 
 @dataclass

@@ -22,13 +22,14 @@ from models.transformer import VideoTransformer
 from train.causal import Causal
 from train.compilation import compile_layers
 from train.distill import Distill
-from train.fit import fit
+from train.fit import fit, run_info
 from train.randomness import derive_seed
 from train.salience import SalienceStage
 from train.stage import Stage
 from train.strategy import uses_gpu
 from train.streaming import Streaming
 from train.teacher import Teacher
+from train.tracking import log_export
 
 STAGES: dict[str, type[Stage]] = {
     "teacher": Teacher,
@@ -168,15 +169,28 @@ def _build_network(
 
 
 def new_stage(
-    config: RunConfig, stage_name: str, exports: Mapping[str, Export], *, frozen: Iterable[str]
+    config: RunConfig,
+    stage_name: str,
+    exports: Mapping[str, Export],
+    *,
+    frozen: Iterable[str],
+    is_fresh: bool = False,
 ) -> Stage:
-    """A stage with its trainable networks and those of its frozen ones that are named."""
+    """A stage with its trainable networks and those of its frozen ones that are named.
+
+    Args:
+        config: Of the run.
+        stage_name: Of the stage.
+        exports: Its inputs by role.
+        frozen: Names of frozen networks.
+        is_fresh: Whether all networks get fresh weights and no input is needed.
+    """
     settings = config.stages[stage_name]
     cls = stage_type(settings.kind)
     grid = token_grid(config)
     trained, read = (
         {
-            name: _build_network(config, stage_name, name, sources, exports)
+            name: _build_network(config, stage_name, name, () if is_fresh else sources, exports)
             for name, sources in wanted.items()
         }
         for wanted in (cls.network_sources, {name: cls.frozen_sources[name] for name in frozen})
@@ -212,7 +226,15 @@ def build_stage(config: RunConfig, stage_name: str) -> tuple[Stage, LatentDataMo
     if isinstance(stage, SalienceStage) and stage.params.targets == STORED:
         source = target_source(config, stage, exports["teacher"])
         targets = TargetSet(targets_folder(config, stage_name), source)
-    datamodule = LatentDataModule(
+    return stage, build_data(config, stage, targets)
+
+
+def build_data(
+    config: RunConfig, stage: Stage, targets: TargetSet | None = None
+) -> LatentDataModule:
+    """The batches of a stage, from the shards of the run."""
+    settings = stage.config
+    return LatentDataModule(
         latents_folder(config),
         batch_size=settings.batch,
         frames=settings.frames,
@@ -223,7 +245,6 @@ def build_stage(config: RunConfig, stage_name: str) -> tuple[Stage, LatentDataMo
         targets=targets,
         has_next_text=isinstance(stage, Streaming) and stage.params.switch_chance > 0,
     )
-    return stage, datamodule
 
 
 def target_source(config: RunConfig, stage: SalienceStage, teacher: Export) -> TargetSource:
@@ -264,6 +285,7 @@ def train_stage(
         decode=codec.decode,
         fps=config.source.world.fps,
         input_hashes={role: export.hash for role, export in inputs.items()},
+        data_hash=datamodule.shards.hash,
         callbacks=callbacks,
     )
     return stage
@@ -286,10 +308,16 @@ def export_stage(
             sources = stage.frozen_sources[name]
             network = _build_network(config, stage_name, name, sources, inputs)
             weights[stem] = dict(network.state_dict())
-    write_export(
-        run_folder(config) / stage_name / "export",
-        weights=weights,
-        manifest=export_manifest(config, stage, stage_name, inputs),
+    folder = run_folder(config) / stage_name
+    manifest = export_manifest(config, stage, stage_name, inputs)
+    digest = write_export(folder / "export", weights=weights, manifest=manifest)
+    shown = ("role", "stage", "kind", "train_seed", "steps", "parents", "config_hash")
+    data = ShardSet(latents_folder(config)).hash
+    log_export(
+        config.tracking,
+        run_info(config, stage_name, folder=folder, identity=stage.identity, data=data),
+        export=folder / "export",
+        metadata={key: manifest[key] for key in shown} | {"hash": digest},
     )
 
 

@@ -40,7 +40,7 @@ from launch.steps import (
     step_keys,
 )
 from train import checkpoint
-from train.callbacks import SampleVideos
+from train.samples import SampleVideos
 from train.failures import TrainingFailure
 from train.fit import CHECKPOINTS, SAMPLES
 from train.ranks import barrier

@@ -13,7 +13,6 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from configs.errors import UserError
 from configs.load import config_hash, nearest
+from train.versions import package_version
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -95,7 +95,7 @@ def write_export(
     whole = {
         **manifest,
         "format": FORMAT,
-        "versions": {name: _version(name) for name in ("pafukv", "torch", "safetensors")},
+        "versions": {name: package_version(name) for name in ("pafukv", "torch", "safetensors")},
     }
     try:
         _discard(part)
@@ -287,10 +287,3 @@ def _sync_folder(folder: Path) -> None:
 def _discard(folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(folder)
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # a checkout that runs without being installed
-        return "not installed"

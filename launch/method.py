@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data.overlay import heat_overlay
 from launch.figures import kept_over_time, style_of, to_svg
 from launch.material import Material, data_uri
-from launch.pictures import GAP, frame_lines, heat_overlay, memory_opacity, png
+from launch.pictures import GAP, frame_lines, memory_opacity, png
 
 NUMBERS = {1: "one picture", 2: "two pictures", 3: "three pictures"}
 

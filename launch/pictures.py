@@ -8,11 +8,10 @@ import io
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.image import imsave
 from numpy.typing import NDArray
 
-Pixels = NDArray[np.uint8]
+from data.overlay import Pixels, per_pixel
 
 GAP = 2
 """Transparent pixels between two frames."""
@@ -44,25 +43,8 @@ def frame_lines(
         place[..., :3] = small[number]
         place[..., 3] = 255
         if opacity is not None:
-            place[..., 3] = 255 * _per_pixel(opacity[number], height, width)
+            place[..., 3] = 255 * per_pixel(opacity[number], height, width)
     return picture[:-GAP, :-GAP]
-
-
-def heat_overlay(frames: Pixels, scores: NDArray[np.floating], *, strength: float = 0.78) -> Pixels:
-    """Frames in grey with the score of each token as colour on top, dark = low, yellow = high.
-
-    Args:
-        frames: [F, H, W, 3]
-        scores: Any scale; mapped from their 2nd to their 98th percentile.  [F, rows, columns]
-        strength: Share of the colour.
-    """
-    low, high = np.percentile(scores, [2, 98])
-    level = np.clip((scores - low) / max(float(high - low), 1e-9), 0, 1)
-    height, width = frames.shape[1:3]
-    cells = np.stack([_per_pixel(frame, height, width) for frame in level])
-    heat = colormaps["inferno"](cells)[..., :3] * 255
-    grey = frames.mean(axis=-1, keepdims=True)
-    return (strength * heat + (1 - strength) * grey).astype(np.uint8)
 
 
 def memory_opacity(kept: NDArray[np.floating]) -> NDArray[np.floating]:
@@ -80,9 +62,3 @@ def png(picture: Pixels) -> bytes:
 def stack_panels(panels: Sequence[Pixels]) -> Pixels:
     """Videos of equal size, [F, H, W, 3] each, one below the other."""
     return np.concatenate(panels, axis=1)
-
-
-def _per_pixel(values: NDArray[np.floating], height: int, width: int) -> NDArray[np.floating]:
-    """Values of tokens [rows, columns] repeated to pixels [height, width]."""
-    rows, columns = values.shape
-    return values.repeat(height // rows, axis=0).repeat(width // columns, axis=1)

@@ -17,6 +17,7 @@ SMALLER = {
         "--layers 1 --heads 1 --head-dim 24 --grid 2 3 --budget-frames 4 --block 1 --blocks 8"
         " --repeats 1"
     ),
+    "train": shlex.split("--shape tiny --steps 2 --warmup 1"),
 }
 """Flags with which a benchmark takes seconds."""
 

@@ -1,36 +1,30 @@
-"""What happens around the steps: progress, checkpoints, signals, sample videos."""
+"""What happens around the steps: progress, checkpoints, signals, records."""
 
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
 import lightning as L
-import torch
 from lightning.pytorch.loggers import WandbLogger
-from torch import Tensor
 from tqdm import tqdm
 
 from configs.schema import TrackingConfig
-from data.video import VideoWriter
 from train import checkpoint
 from train.checkpoint import Shelf
 from train.randomness import derive_seed, seed_generators
 from train.ranks import host_group, on_any_rank, rank
 from train.restore import restore, restore_random
 from train.stage import Stage
-from train.tracking import JsonlLogger, build_wandb
+from train.tracking import MACHINE_KEYS, JsonlLogger, RunInfo, build_wandb, close_wandb
 from train.writer import CheckpointWriter
 
 LINE_SECONDS = 10.0
 """Between two lines of progress where standard error is no terminal."""
-SAMPLE_HEIGHT = 192
-"""Pixels to which the height of small sample videos is brought, or a little less."""
 FINISH_SECONDS = 30.0
 """That an error waits for a checkpoint that is being written."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -143,16 +137,16 @@ class Checkpoints(L.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, JsonlLogger):
                 logger.save()
-        self._writer.start(stage.snapshot())
+        with stage.spans("checkpoint"):
+            self._writer.start(stage.snapshot())
 
 
 class Records(L.Callback):
     """Opens the places that metrics go to and closes them; must come after `Checkpoints`."""
 
-    def __init__(self, tracking: TrackingConfig, *, folder: Path, name: str) -> None:
+    def __init__(self, tracking: TrackingConfig, about: RunInfo) -> None:
         self.tracking = tracking
-        self.folder = folder
-        self.name = name
+        self.about = about
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Rows beyond the restored step are dropped; W&B is told the configuration."""
@@ -161,9 +155,7 @@ class Records(L.Callback):
             if isinstance(logger, JsonlLogger):
                 logger.open(resumed_step=pl_module.completed)
         if rank() == 0 and pl_module.completed < pl_module.config.steps:
-            mirror = build_wandb(
-                self.tracking, folder=self.folder, name=self.name, config=pl_module.identity
-            )
+            mirror = build_wandb(self.tracking, self.about)
             trainer.loggers = [*trainer.loggers, *([mirror] if mirror is not None else [])]
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -172,7 +164,7 @@ class Records(L.Callback):
             if isinstance(logger, JsonlLogger):
                 logger.close()
             elif isinstance(logger, WandbLogger):
-                logger.experiment.finish()
+                close_wandb(logger)
         trainer.loggers = [log for log in trainer.loggers if not isinstance(log, WandbLogger)]
 
 
@@ -240,77 +232,12 @@ class Progress(L.Callback):
         )
 
 
-class SampleVideos(L.Callback):
-    """Writes what the stage can show as mp4 files, every so many steps.
-
-    Args:
-        folder: Of the videos.
-        every: Steps between them.
-        decode: Latents [F, C, H, W] to frames in [-1, 1].  [F, 3, height, width]
-        fps: Frames per second.
-        count: Videos each time, at most.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        every: int,
-        decode: Callable[[Tensor], Tensor],
-        fps: int,
-        count: int = 2,
-    ) -> None:
-        self.folder = folder
-        self.every = every
-        self.decode = decode
-        self.fps = fps
-        self.count = count
-
-    @torch.no_grad()
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        """Make and write the videos of this step, without touching the global generators."""
-        assert isinstance(pl_module, Stage)
-        if pl_module.completed % self.every:
-            return
-        with torch.random.fork_rng(), pl_module.autocast():
-            latents = pl_module.preview(batch)
-        if latents is None or rank() != 0:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        paths = []
-        for number, clip in enumerate(latents[: self.count]):
-            paths.append(self.folder / f"step-{pl_module.completed:08d}-{number}.mp4")
-            write_video(paths[-1], self.decode(clip.float().cpu()), fps=self.fps)
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                captions = [path.name for path in paths]
-                logger.log_video(
-                    "samples", [str(path) for path in paths], pl_module.completed, caption=captions
-                )
-
-
-def write_video(path: Path, frames: Tensor, *, fps: int) -> None:
-    """Write frames in [-1, 1] as an mp4 file, small ones enlarged.  [F, 3, height, width]."""
-    pixels = ((frames.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
-    height, width = pixels.shape[1:3]
-    scale = max(1, SAMPLE_HEIGHT // height)
-    with VideoWriter(path, fps, (height, width), scale=scale) as writer:
-        writer.write(pixels.numpy())
-
-
 def _headline(stage: Stage) -> str:
     """The first loss that the stage reported for its last step, or its first value."""
     values = {
         key: value
         for key, value in stage.metrics.latest.items()
-        if not key.endswith(("_seconds", "_per_second"))
+        if not key.startswith(MACHINE_KEYS)
     }
     if not values:
         return "no loss yet"

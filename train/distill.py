@@ -104,6 +104,14 @@ class DistributionMatching(Stage):
         """Whether this step updates the student as well as the critic."""
         return step % self.params.student_every == 0
 
+    def exit_step(self, step: int) -> int:
+        """Denoising step at which the rollouts of a training step end; ranks share the draw."""
+        return step_integer(self.seed, step, "exit step", high=self.params.student_steps)
+
+    def step_kind(self, step: int) -> str:
+        """Which networks are trained, and how far every block is denoised."""
+        return f"student {self.trains_student(step)}, exit {self.exit_step(step)}"
+
     def noised(
         self, window: Tensor, seeds: Tensor, mask: Tensor, tag: str
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -166,7 +174,7 @@ class DistributionMatching(Stage):
             [B, num_frames, C, H, W]
         """
         sampler, student = self.sampler(), self.engine("student")
-        last = step_integer(self.seed, step, "exit step", high=sampler.num_steps)
+        last = self.exit_step(step)
         blocks = []
         for _ in range(num_frames // self.frames_per_block):
             with torch.set_grad_enabled(grad):
@@ -209,16 +217,25 @@ class Distill(DistributionMatching):
         for frames in params.prefix_frames:
             require_range(f"{key}.params.prefix_frames", frames, 0, config.frames - block)
 
+    def drawn_sizes(self, step: int) -> tuple[int, int]:
+        """True frames and budget of this step's rollouts; ranks share the draws."""
+        prefix_frames = step_choice(self.params.prefix_frames, self.seed, step, "prefix")
+        return prefix_frames, step_choice(self.params.budgets, self.seed, step, "budget")
+
+    def step_kind(self, step: int) -> str:
+        """With the sizes of the rollouts, on which their arithmetic depends."""
+        return f"{super().step_kind(step)}, prefix and budget {self.drawn_sizes(step)}"
+
     def rollout(self, batch: LatentBatch, step: int, *, grad: bool) -> tuple[Tensor, Tensor]:
         """A window of true prefix and generated frames, and the mask of the generated ones."""
         params = self.params
         num_frames = batch.latents.shape[1]
-        prefix_frames = step_choice(params.prefix_frames, self.seed, step, "prefix")
+        prefix_frames, budget = self.drawn_sizes(step)
         seeds = derive_seeds(batch.seeds, "rollout").to(batch.latents.device)
         cache = make_cache(
             self.engine("student").module,
             spec=CacheSpec(
-                budget_tokens=step_choice(params.budgets, self.seed, step, "budget"),
+                budget_tokens=budget,
                 tokens_per_frame=self.frame_seq_len,
                 frames_per_block=self.frames_per_block,
                 sink_frames=params.sink_frames,
@@ -249,7 +266,8 @@ class Distill(DistributionMatching):
         metrics: dict[str, Tensor | float] = {}
 
         def student(part: LatentBatch) -> Tensor:
-            window, mask = self.rollout(part, step, grad=True)
+            with self.spans("rollout"):
+                window, mask = self.rollout(part, step, grad=True)
             windows.append((window.detach(), mask))
             return self.student_loss(window, part.text, part.seeds, mask)
 
@@ -260,7 +278,8 @@ class Distill(DistributionMatching):
         if self.trains_student(step):
             metrics |= self.optimise("student", student, parts)
         else:
-            windows = [self.rollout(part, step, grad=False) for part in parts]
+            with self.spans("rollout"):
+                windows = [self.rollout(part, step, grad=False) for part in parts]
         return metrics | self.optimise("critic", critic, list(zip(parts, windows, strict=True)))
 
     @torch.no_grad()

@@ -22,11 +22,13 @@ from configs.load import to_dict
 from configs.schema import FREE_STAGE_KEYS, RunConfig
 from train import checkpoint
 from train.alarms import Alarms
-from train.callbacks import Checkpoints, Progress, Records, SampleVideos, StopSignals
+from train.callbacks import Checkpoints, Progress, Records, StopSignals
 from train.failures import Failures
+from train.samples import SampleVideos
 from train.stage import NonFiniteError, Stage
 from train.strategy import build_strategy, uses_gpu
-from train.tracking import JsonlLogger
+from train.tracking import JsonlLogger, RunInfo
+from train.versions import code_version
 from train.watchdog import Watchdog
 from train.world import SLURM, TORCHRUN, World, resolve_world
 
@@ -83,6 +85,7 @@ def fit(
     decode: Callable[[Tensor], Tensor] | None = None,
     fps: int = 8,
     input_hashes: Mapping[str, str] | None = None,
+    data_hash: str | None = None,
     callbacks: Sequence[L.Callback] = (),
 ) -> None:
     """Train `stage` from its newest whole checkpoint, or from the start, to its last step.
@@ -98,6 +101,7 @@ def fit(
         decode: Latents [F, C, H, W] to frames [F, 3, height, width] in [-1, 1], for samples.
         fps: Of sample videos.
         input_hashes: Content of each input of the stage; a checkpoint is bound to them.
+        data_hash: Of the shards, for the records.
         callbacks: More of them, called before our own.
 
     Raises:
@@ -108,6 +112,7 @@ def fit(
     """
     prepare_process(config)
     attach_config(stage, config, stage_name, input_hashes=input_hashes or {})
+    stage.speed.peak_tflops = config.trainer.peak_tflops
     newest = checkpoint.newest_whole(folder / CHECKPOINTS)
     done = checkpoint.step_of(newest) if newest is not None else 0
     datamodule.start_batch = done  # type: ignore[attr-defined]
@@ -120,9 +125,9 @@ def fit(
     if decode is not None and stage.config.sample_every > 0:
         every = stage.config.sample_every
         ours.append(SampleVideos(folder / SAMPLES, every=every, decode=decode, fps=fps))
-    name = f"{config.name}/{stage_name}"
+    about = run_info(config, stage_name, folder=folder, identity=stage.identity, data=data_hash)
     # In this order: a checkpoint says that samples and rows before it are written.
-    ours += [checkpoints, Records(config.tracking, folder=folder, name=name)]
+    ours += [checkpoints, Records(config.tracking, about)]
     ours += [Alarms(config.tracking), Progress(stage_name)]
     trainer = build_trainer(
         config, folder, [*callbacks, *ours], num_batches=stage.config.steps - done
@@ -198,6 +203,33 @@ def identity(config: RunConfig, stage_name: str, *, seed: int) -> dict[str, Any]
     del shared["data"]["workers"]  # who reads a sample does not change it
     own = {"name": stage_name, "seed": seed, "stage": stage}
     return own | {"precision": whole["trainer"]["precision"]} | shared
+
+
+def run_info(
+    config: RunConfig,
+    stage_name: str,
+    *,
+    folder: Path,
+    identity: Mapping[str, Any],
+    data: str | None,
+) -> RunInfo:
+    """What W&B is told of the training of a stage; one group per run unless configured.
+
+    Args:
+        config: Of the run.
+        stage_name: Name of the stage in the plan.
+        folder: Of the stage.
+        identity: Of the stage.
+        data: Hash of the shards.
+    """
+    shown = {
+        "config": to_dict(config),
+        "identity": dict(identity),
+        "code": code_version(),
+        "data": data,
+    }
+    group = config.tracking.group or config.name
+    return RunInfo(f"{config.name}/{stage_name}", group, folder, shown)
 
 
 def prepare_process(config: RunConfig) -> None:

@@ -13,6 +13,7 @@ from data.datamodule import LatentBatch, TargetBatch
 from data.targets import STORED
 from models.attention import block_causal_mask
 from models.flow import add_noise
+from models.rollout import VelocityModel
 from models.salience import PARTS, SalienceHead, head_scores
 from models.salience_targets import SalienceCapture, mask_short_future
 from models.transformer import VideoTransformer
@@ -80,6 +81,46 @@ def salience_of(
     return captured.targets
 
 
+@torch.no_grad()
+def clean_hidden(
+    student: VelocityModel,
+    latents: Tensor,
+    text: Tensor,
+    *,
+    frames_per_block: int,
+    block_len: int,
+) -> list[Tensor]:
+    """Input of every layer of a student in a clean block-causal pass.
+
+    Args:
+        student: Block-causal.
+        latents: Clean.  [B, F, C, H, W]
+        text: Captions.  [B, T, text_dim]
+        frames_per_block: Latent frames of a block.
+        block_len: Tokens of a block.
+
+    Returns:
+        L x [B, S, E]
+    """
+    mask = block_causal_mask(latents.shape[1] // frames_per_block, block_len).to(latents.device)
+    found: list[Tensor] = []
+    student(
+        latents,
+        latents.new_zeros(latents.shape[:2]),
+        text,
+        mask=mask,
+        capture=lambda layer, hidden, queries, keys: found.append(hidden),
+        wanted=0,
+    )
+    return found
+
+
+def later_map(head: SalienceHead, hidden: list[Tensor]) -> Tensor:
+    """The head's `later`, mean over layers, from `clean_hidden`.  [B, F, rows, columns]."""
+    later = torch.stack(head(hidden))[..., PARTS.index("later")].mean(dim=0)
+    return later.unflatten(1, (-1, *head.place.shape[1:3]))
+
+
 class SalienceStage(Stage):
     """Trains the network `head`; teacher and student are frozen, nothing reaches the student."""
 
@@ -130,27 +171,35 @@ class SalienceStage(Stage):
             block_len=self.block_len,
         )
 
-    @torch.no_grad()
     def hidden(self, batch: LatentBatch) -> list[Tensor]:
-        """Input of every layer of the student in a clean block-causal pass.  L x [B, S, E]."""
-        x0 = batch.latents
-        num_blocks = x0.shape[1] // self.frames_per_block
-        mask = block_causal_mask(num_blocks, self.block_len).to(x0.device)
-        found: list[Tensor] = []
-        self.frozen["student"](
-            x0,
-            x0.new_zeros(x0.shape[:2]),
+        """What the head reads.  L x [B, S, E]."""
+        return clean_hidden(
+            self.frozen["student"],
+            batch.latents,
             batch.text,
-            mask=mask,
-            capture=lambda layer, hidden, queries, keys: found.append(hidden),
-            wanted=0,
+            frames_per_block=self.frames_per_block,
+            block_len=self.block_len,
         )
-        return found
+
+    def preview(self, batch: LatentBatch) -> Tensor:
+        """True videos: what the head looks at.  [B, F, C, H, W]."""
+        return batch.latents
+
+    @torch.no_grad()
+    def preview_salience(self, batch: LatentBatch) -> Tensor:
+        """The head in training on them.  [B, F, rows, columns]."""
+        head: SalienceHead = self.engine("head").module
+        return later_map(head, self.hidden(batch))
+
+    def step_kind(self, step: int) -> str:
+        """Whether the step gathers statistics or trains."""
+        return "statistics" if step < self.params.statistics_steps else "training"
 
     def update(self, batch: LatentBatch, step: int) -> dict[str, Tensor | float]:
         """Gather statistics in the first steps, then one step of the head."""
         if step < self.params.statistics_steps:
-            self.gathered += [self.targets(part).cpu() for part in self.micro_batches(batch)]
+            with self.spans("score"):
+                self.gathered += [self.targets(part).cpu() for part in self.micro_batches(batch)]
             if step == self.params.statistics_steps - 1:
                 self.fit_statistics()
             return {}

@@ -31,19 +31,20 @@ class Spans:
         """Count the time of the block as `name`, one of `SPANS`."""
         assert name in SPANS, name
         outer = self.current
-        self._switch(name)
+        self.begin(name)
         try:
             yield
         finally:
-            self._switch(outer)
+            self.begin(outer)
 
     def take(self) -> dict[str, float]:
         """Seconds of each part since the last call, "other" among them; starts anew."""
-        self._switch(self.current)
+        self.begin(self.current)
         taken, self.seconds = self.seconds, {}
         return taken
 
-    def _switch(self, name: str) -> None:
+    def begin(self, name: str) -> None:
+        """Count the time from now on as `name`, one of `SPANS` or "other"."""
         if self.synchronise is not None:
             self.synchronise()
         now = time.perf_counter()

@@ -5,7 +5,6 @@ A stage overrides `update`, and where it needs to `setup_stage`, `preview`, `ext
 """
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields, replace
@@ -20,8 +19,10 @@ from configs.errors import ConfigError
 from configs.schema import StageConfig
 from train.checkpoint import Snapshot, capture
 from train.engine import Engine, EngineSpec, NonFiniteGradientError
+from train.hardware import take_memory
 from train.ranks import world_size
 from train.spans import Spans
+from train.speed import Speedometer
 from train.tracking import MetricWindow
 
 
@@ -63,6 +64,7 @@ class Stage(L.LightningModule):
         frame_seq_len: Tokens per latent frame.
         metrics: What has been reported since the last row of metrics.
         spans: Where the time of the steps goes.
+        speed: What steps cost.
     """
 
     params_type: ClassVar[type]
@@ -108,8 +110,8 @@ class Stage(L.LightningModule):
         """What a checkpoint must have in common with the run that continues it."""
         self.watch_row: Callable[[dict[str, float], int], dict[str, float]] | None = None
         """From a new row of metrics and its step to what is added to the row."""
+        self.speed = Speedometer(self)
         self._restart_point: Snapshot | None = None
-        self._last_end: float | None = None
         self.setup_stage()
 
     @classmethod
@@ -156,11 +158,26 @@ class Stage(L.LightningModule):
         """
         raise NotImplementedError(f"{type(self).__name__} must define update(batch, step)")
 
+    def step_kind(self, step: int) -> str:
+        """Steps of the same kind, on batches of the same size, take the same arithmetic.
+
+        Asked before `update`; must follow from what a checkpoint holds.
+        """
+        return "step"
+
     def preview(self, batch: Any) -> Tensor | None:
         """Latents to show as videos, made without gradients and with generators of its own.
 
         Returns:
             Latents [B, F, C, H, W], or None if this stage has nothing to show.
+        """
+        return None
+
+    def preview_salience(self, batch: Any) -> Tensor | None:
+        """What the head says of the tokens that `preview` shows, `later`, mean over layers.
+
+        Returns:
+            Standardised; None if there is no head or nothing to show.  [B, F, rows, columns]
         """
         return None
 
@@ -183,7 +200,8 @@ class Stage(L.LightningModule):
 
         Called in `update`, before anything has changed.
         """
-        self._restart_point = capture(self)
+        with self.spans("checkpoint"):
+            self._restart_point = capture(self)
 
     def snapshot(self) -> Snapshot:
         """The state that a checkpoint made now shall hold."""
@@ -229,12 +247,15 @@ class Stage(L.LightningModule):
         total: Tensor | float = 0.0
         for number, part in enumerate(parts, start=1):
             with engine.micro_batch(last=number == count):
-                value = loss(part) / count
-                engine.backward(_tell_all_ranks(value))
+                with self.spans("score"):
+                    value = loss(part) / count
+                with self.spans("backward"):
+                    engine.backward(_tell_all_ranks(value))
             total = total + value.detach()
         rate = self.lr(name, self.completed)
         try:
-            norm = engine.step(rate)
+            with self.spans("optimizer"):
+                norm = engine.step(rate)
         except NonFiniteGradientError as error:
             raise NonFiniteError(name, loss=float(total), norm=error.norm) from error
         return {f"loss/{name}": total, f"grad_norm/{name}": norm, f"lr/{name}": rate}
@@ -249,28 +270,28 @@ class Stage(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """One step: `update`, then the metrics; Lightning calls it."""
-        start = time.perf_counter()
-        waited = start - self._last_end if self._last_end is not None else 0.0
-        with self.autocast():
+        with self.speed.step(batch), self.autocast():
             reported = self.update(batch, self.completed)
+            values = {key: float(value) for key, value in reported.items()}  # waits for the device
         self.completed += 1
-        self._last_end = time.perf_counter()
-        clocks = {
-            "step_seconds": self._last_end - start,
-            "wait_seconds": waited,
-            "samples_per_second": self.config.batch / (self._last_end - start + waited),
-        }
-        values = {key: float(value) for key, value in reported.items()}
-        self.metrics.add(values | clocks)
+        self.metrics.add(values | self.speed.latest)
         if self.completed % self.config.log_every == 0 or self.completed == self.config.steps:
             self._report_row()
+
+    def on_train_start(self) -> None:
+        """What comes now is waiting for the first batch; Lightning calls it after callbacks."""
+        self.speed.start()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """The same for the next batch."""
+        self.spans.begin("data")
 
     def configure_optimizers(self) -> None:
         """Nothing: the engines own the optimisers."""
         return
 
     def _report_row(self) -> None:
-        row = self.metrics.close()
+        row = self.speed.row(self.metrics.close(take_memory(self.device)))
         if self.watch_row is not None:
             row |= self.watch_row(row, self.completed)
         for logger in self.trainer.loggers:

@@ -23,6 +23,7 @@ from models.rollout import NoiseSource, make_cache, recache, refresh
 from models.salience import SalienceHead
 from train.distill import DistributionMatching, DistributionMatchingParams
 from train.randomness import derive_seeds, step_integer
+from train.salience import clean_hidden, later_map
 
 
 @dataclass
@@ -170,14 +171,14 @@ class Streaming(DistributionMatching):
         if not self.streams:
             self.mark_restart_point()
             self._first_batch = batch
-            self.streams = [self.start_stream(part, step) for part in self.micro_batches(batch)]
-        for stream in self.streams:
-            self.switch_prompt(stream)
+        with self.spans("rollout"):
+            self.prepare_streams(batch, step)
         train_student, frames = self.trains_student(step), batch.latents.shape[1]
         metrics: dict[str, Tensor | float] = {}
 
         def student(stream: Stream) -> Tensor:
-            window = self.next_window(stream, step, frames, grad=True)
+            with self.spans("rollout"):
+                window = self.next_window(stream, step, frames, grad=True)
             return self.student_loss(window, stream.text, *self.score_inputs(stream))
 
         def critic(stream: Stream) -> Tensor:
@@ -186,13 +187,31 @@ class Streaming(DistributionMatching):
         if train_student:
             metrics |= self.optimise("student", student, self.streams)
         else:
-            for stream in self.streams:
-                self.next_window(stream, step, frames, grad=False)
+            with self.spans("rollout"):
+                for stream in self.streams:
+                    self.next_window(stream, step, frames, grad=False)
         metrics |= self.optimise("critic", critic, self.streams)
         length = self.streams[0].cache.num_frames
         if length + self.params.chunk_frames > self.params.stream_frames:
             self.streams = []
         return metrics | {"stream_frames": float(length)}
+
+    def prepare_streams(self, batch: LatentBatch, step: int) -> None:
+        """Start streams if there are none; change their prompts if it is time."""
+        if not self.streams:
+            self.streams = [self.start_stream(part, step) for part in self.micro_batches(batch)]
+        for stream in self.streams:
+            self.switch_prompt(stream)
+
+    def step_kind(self, step: int) -> str:
+        """With what the cache holds and whether it is rebuilt, on which arithmetic depends."""
+        kind = super().step_kind(step)
+        if not self.streams:
+            return f"{kind}, new"
+        cache, stream = self.streams[0].cache, self.streams[0]
+        switches = cache.num_frames == stream.switch_frame
+        window = stream.history.shape[1]
+        return f"{kind}, {cache.num_tokens} tokens, window {window}, switch {switches}"
 
     def next_window(self, stream: Stream, step: int, frames: int, *, grad: bool) -> Tensor:
         """Grow a stream by one chunk; its last `frames` frames, with gradient in the chunk."""
@@ -232,3 +251,19 @@ class Streaming(DistributionMatching):
     def preview(self, batch: LatentBatch) -> Tensor | None:
         """The last window of the running streams.  [B, F, C, H, W]."""
         return self.streams[0].history if self.streams else None
+
+    @torch.no_grad()
+    def preview_salience(self, batch: LatentBatch) -> Tensor | None:
+        """The head on that window, as if nothing had come before.  [B, F, rows, columns]."""
+        if not self.streams:
+            return None
+        stream, head = self.streams[0], self.frozen["head"]
+        assert isinstance(head, SalienceHead)
+        hidden = clean_hidden(
+            self.engine("student"),
+            stream.history,
+            stream.text,
+            frames_per_block=self.frames_per_block,
+            block_len=self.block_len,
+        )
+        return later_map(head, hidden)

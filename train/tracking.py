@@ -6,7 +6,8 @@ import math
 import netrc
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 from urllib.parse import urlsplit
@@ -19,8 +20,10 @@ from train.ranks import gather_objects, rank
 log = logging.getLogger(__name__)
 
 PUBLIC_SERVER = "https://api.wandb.ai"
-CONNECT_SECONDS = 5.0
+CONNECT_SECONDS, INIT_SECONDS = 5.0, 30.0
 RUN_ID_FILE = "wandb_id"
+MACHINE_KEYS = ("speed/", "memory/")
+"""Beginnings of the metrics that differ from run to run."""
 
 
 class MetricWindow:
@@ -39,16 +42,23 @@ class MetricWindow:
             entry[0] += value
             entry[1] += 1
 
-    def close(self) -> dict[str, float]:
-        """Mean of each key over steps and ranks since the last call.  All ranks must call it."""
+    def close(self, peaks: Mapping[str, float] | None = None) -> dict[str, float]:
+        """Mean of each key over steps and ranks since the last call.  All ranks must call it.
+
+        Args:
+            peaks: Values of this rank of which the largest of any rank joins the means.
+        """
         total: dict[str, list[float]] = {}
-        for sums in gather_objects(self._sums):
+        largest: dict[str, float] = {}
+        for sums, highest in gather_objects((self._sums, dict(peaks or {}))):
             for key, (value, count) in sums.items():
                 entry = total.setdefault(key, [0.0, 0])
                 entry[0] += value
                 entry[1] += count
+            for key, value in highest.items():
+                largest[key] = max(value, largest.get(key, value))
         self._sums = {}
-        return {key: value / count for key, (value, count) in total.items()}
+        return {key: value / count for key, (value, count) in total.items()} | largest
 
     def state(self) -> dict[str, list[float]]:
         """What `load_states` needs of each rank."""
@@ -67,8 +77,8 @@ class MetricWindow:
 class JsonlLogger(Logger):
     """One JSON object per row of metrics; a value that is not finite is written as null.
 
-    Clock readings have keys that end in `_seconds` or `_per_second`. All other values of a run
-    that was interrupted and continued equal those of a run that was not.
+    What clock and machine decide has keys that start with one of `MACHINE_KEYS`. All other values
+    of a run that was interrupted and continued equal those of a run that was not.
     """
 
     def __init__(self, path: Path) -> None:
@@ -141,43 +151,114 @@ def _step_of(line: str) -> int | None:
         return None
 
 
+@dataclass(frozen=True)
+class RunInfo:
+    """What W&B is told of the training of a stage.
+
+    Attributes:
+        name: That the run has in W&B.
+        group: Of runs that belong together.
+        folder: Of the stage; the run keeps its id there across restarts, and offline files.
+        config: What W&B shows as the configuration.
+    """
+
+    name: str
+    group: str
+    folder: Path
+    config: dict[str, Any]
+
+
 def build_wandb(
-    tracking: TrackingConfig, *, folder: Path, name: str, config: dict[str, Any]
+    tracking: TrackingConfig, about: RunInfo, *, finish_seconds: int | None = None
 ) -> WandbLogger | None:
     """A W&B logger that never stops training, or None if tracking is off; for rank 0.
 
-    The run keeps its id, in `folder`, across restarts. Without a key, or if the server cannot be
-    reached, it is written offline below `folder`/wandb, for `wandb sync`.
+    Without a key, or if the server cannot be reached, the run is written offline below the stage's
+    folder, for `wandb sync`. If the server is lost later, everything is still on disk.
 
     Args:
-        tracking: Mode, project and group.
-        folder: Of the stage.
-        name: That the run has in W&B.
-        config: What W&B shows as the configuration.
+        tracking: Mode, project and limits of patience.
+        about: The run.
+        finish_seconds: In place of `tracking.finish_seconds`.
     """
     if tracking.wandb == "off":
         return None
     import wandb  # takes a second, so only where it is used
 
     offline = not _can_go_online(tracking.wandb)
-    folder.mkdir(parents=True, exist_ok=True)
+    about.folder.mkdir(parents=True, exist_ok=True)
     arguments: dict[str, Any] = {
         "project": tracking.project,
-        "group": tracking.group or None,
-        "name": name,
-        "id": _run_id(folder / RUN_ID_FILE),
-        "dir": str(folder),
-        "config": config,
+        "group": about.group,
+        "name": about.name,
+        "id": _run_id(about.folder / RUN_ID_FILE),
+        "dir": str(about.folder),
+        "config": about.config,
         "resume": "allow",
-        "settings": wandb.Settings(silent=True, console="off", init_timeout=30),
+        "settings": wandb.Settings(
+            silent=True,
+            console="off",
+            init_timeout=INIT_SECONDS,
+            finish_timeout=finish_seconds or tracking.finish_seconds,
+            finish_timeout_raises=True,
+        ),
     }
     try:
         run = wandb.init(mode="offline" if offline else "online", **arguments)
     except wandb.errors.Error as error:
-        log.warning("W&B refused the run (%s); it is written offline below %s", error, folder)
+        log.warning("W&B refused the run (%s); it is written offline below %s", error, about.folder)
         wandb.teardown()
         run = wandb.init(mode="offline", **arguments)
-    return WandbLogger(experiment=run, save_dir=str(folder))
+    return WandbLogger(experiment=run, save_dir=str(about.folder))
+
+
+def close_wandb(logger: WandbLogger) -> None:
+    """End the run; if the server does not take the rest in time, say where that lies."""
+    run = logger.experiment
+    try:
+        run.finish()
+    except TimeoutError:
+        log.warning(
+            "the W&B server did not take all of run %s in time; nothing is lost: send the rest "
+            "with `wandb sync %s`",
+            run.id,
+            Path(run.dir).parent,
+        )
+
+
+def log_export(
+    tracking: TrackingConfig, about: RunInfo, *, export: Path, metadata: Mapping[str, Any]
+) -> None:
+    """Give the files of an export to the run of its stage, as an artifact of type `model`.
+
+    The run, which ended with the training, is opened once more; for rank 0.
+
+    Args:
+        tracking: As in `build_wandb`; `artifacts` false = do nothing.
+        about: The run.
+        export: Folder of the files; they are not copied, so it must stay until W&B has them.
+        metadata: What W&B shows beside them.
+    """
+    if not tracking.artifacts:
+        return
+    logger = build_wandb(tracking, about, finish_seconds=tracking.upload_seconds)
+    if logger is None:
+        return
+    import wandb
+
+    name = about.name.replace("/", "-")
+    artifact = wandb.Artifact(name, type="model", metadata=dict(metadata))
+    for path in sorted(export.iterdir()):
+        artifact.add_file(str(path), name=path.name, skip_cache=True, policy="immutable")
+    logger.experiment.log_artifact(artifact)
+    close_wandb(logger)
+
+
+def alert(loggers: Iterable[Logger], *, title: str, text: str) -> None:
+    """Have W&B notify whoever follows the run, if it mirrors this one; for rank 0."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.alert(title=title, text=text)
 
 
 def _can_go_online(mode: str) -> bool:

@@ -73,6 +73,8 @@ def test_a_saved_config_reads_back_equal(base, tmp_path):
         ("stages.new.kind=teacher", r"'stages\.new\.steps' must be set, found no value"),
         ("stages.teacher.optimizers.teacher.lr=-1", r"lr must not be negative, found -1"),
         ("model.num_layers=0", r"model\.num_layers must be above 0, found 0"),
+        ("tracking.finish_seconds=0", r"tracking\.finish_seconds must be above 0, found 0"),
+        ("trainer.peak_tflops=-1", r"trainer\.peak_tflops must not be negative, found -1"),
         ("stages.teacher.steps=0", r"stages\.\*\.steps must be above 0, found 0"),
         ("source.world.identities=9", r"source\.world\.period must be 2 x .* = 18, found 20"),
         ("source.kind=film", r"source\.kind must be one of \['world', 'videos'\], found 'film'"),

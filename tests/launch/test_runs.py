@@ -13,6 +13,7 @@ import pytest
 from configs.load import load_config
 from launch.__main__ import main
 from launch.export import find_export, load_export, read_manifest
+from train.tracking import MACHINE_KEYS
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "configs" / "tiny.yaml")
@@ -45,8 +46,11 @@ def without_clocks(value: Any) -> Any:
         return [without_clocks(item) for item in value]
     if not isinstance(value, dict):
         return value
-    clocks = ("_seconds", "_per_second")
-    return {key: without_clocks(value[key]) for key in value if not key.endswith(clocks)}
+    return {
+        key: without_clocks(value[key])
+        for key in value
+        if not key.startswith(MACHINE_KEYS) and not key.endswith("_per_second")
+    }
 
 
 def read_lines(path: Path) -> list[Any]:

@@ -32,7 +32,7 @@ def test_training_leaves_one_row_per_window_and_a_checkpoint_of_the_last_step(tm
     stage = train(tmp_path, toy_config(steps=50, log_every=20))
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
     assert [row["step"] for row in rows] == [20, 40, 50]
-    assert all(row["loss/critic"] > 0 and row["samples_per_second"] > 0 for row in rows)
+    assert all(row["loss/critic"] > 0 and row["speed/samples_per_second"] > 0 for row in rows)
     assert stage.completed == 50
     assert step_of(newest_whole(tmp_path / "checkpoints")) == 50
 

@@ -84,6 +84,9 @@ class ToyStage(Stage):
     def setup_stage(self):
         self.mean = torch.zeros(WIDTH)
 
+    def step_kind(self, step: int):
+        return "both" if step % 2 == 0 else "critic"
+
     def update(self, batch: ToyBatch, step: int):
         with self.spans("rollout"):
             self.at_update(step)
@@ -160,10 +163,9 @@ def toy_config(**changes) -> RunConfig:
         micro_batch=changes.pop("micro_batch", 0),
         sample_every=changes.pop("sample_every", 0),
     )
+    tracking = changes.pop("tracking", TrackingConfig(wandb="off"))
     trainer = TrainerConfig(accelerator="cpu", threads=1, **changes)
-    return RunConfig(
-        name="toy", stages={"toy": stage}, trainer=trainer, tracking=TrackingConfig(wandb="off")
-    )
+    return RunConfig(name="toy", stages={"toy": stage}, trainer=trainer, tracking=tracking)
 
 
 def toy_stage(config: RunConfig, kind: type[Stage] = ToyStage) -> Stage:

@@ -1,0 +1,243 @@
+"""Benchmark `train`: what a training step of a stage costs, where its time goes, how it scales."""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from configs.errors import UserError
+from configs.load import nearest
+from configs.schema import RunConfig
+from launch import benchmark
+from launch.measured_train import SHAPES, measured_config, train_measured, write_latents
+from launch.plan import check_stages
+from launch.steps import is_leader, say, write_record
+from train.versions import package_version
+
+STALL_GOAL_STEPS = 0.05
+"""Of a checkpoint, in seconds of a step: one in every 100 steps then costs 0.05 %."""
+COUNTED = (
+    "seconds_per_step: median without checkpoints; share: of all measured steps, in which one "
+    "checkpoint falls; tflops_per_second: of one device, matrix products, convolutions and "
+    "attention, recomputed activations not counted; peak_memory_gb: largest of any rank"
+)
+STALL_NOTE = "main thread, per checkpoint; goal: at most 0.05 steps where one falls on 100 steps"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the stage, the shape and the ranks."""
+    parser.add_argument(
+        "config",
+        nargs="*",
+        metavar="FILE|KEY=VALUE",
+        help="a plan and overrides, in place of --shape",
+    )
+    parser.add_argument("--stage", required=True, metavar="NAME", help="a stage of the plan")
+    benchmark.add_arguments(parser)
+    parser.set_defaults(repeats=20)
+    parser.add_argument(
+        "--steps", dest="repeats", type=int, metavar="K", help="the same as --repeats, 20"
+    )
+    parser.add_argument(
+        "--warmup", type=int, default=3, metavar="N", help="steps before these, not measured"
+    )
+    parser.add_argument(
+        "--shape", metavar="NAME", help=f"one of {', '.join(SHAPES)}; demo if no plan is given"
+    )
+    parser.add_argument("--layers", type=int, metavar="N", help="in place of the plan's")
+    parser.add_argument(
+        "--ranks", default="1", metavar="N,M", help="numbers of processes, one after the other"
+    )
+    parser.add_argument(
+        "--strategy",
+        metavar="NAME",
+        help="trainer.strategy; single for one process, deepspeed for more",
+    )
+    parser.add_argument("--is-rank", action="store_true", help=argparse.SUPPRESS)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Train a stage of random networks on random latents and write what its steps cost.
+
+    Everything goes through `fit`, twice: FLOPs are counted in the first training. Shards and
+    checkpoints lie beside the record meanwhile. It holds a list, an entry per number of ranks:
+
+    - `seconds_per_step` (median, checkpoints apart) and `mean_seconds_per_step`; the rates follow
+      from the mean;
+    - `share` of each part in `train.spans.SPANS` and of `other` things;
+    - `tokens_per_second` of all ranks, `tflops_per_second` of one device, `mfu` where the device's
+      peak is known; on a CPU `ratio_to_product`: over the speed of a bare float32 matrix product
+      in the same process;
+    - `checkpoint_stall`: seconds that the main thread stands still for a checkpoint (copies of
+      the state at the start of a stream among them), and the same in steps;
+    - `speedup` and `efficiency` over the first number of ranks, in tokens per second.
+
+    On a CPU, `threads` are shared out to the ranks, so that all numbers of ranks have as many.
+
+    Raises:
+        UserError: If an argument does not fit, before anything runs.
+    """
+    counts = _check(arguments)
+    if arguments.is_rank:  # of those that `_launch` has started
+        _measure(arguments, int(os.environ["WORLD_SIZE"]))
+        return
+    if "WORLD_SIZE" in os.environ:
+        raise UserError("bench train starts its processes itself; give --ranks N without torchrun")
+    rows = []
+    for count in counts:
+        say(f"train: stage {arguments.stage}, {count} rank{'s' if count > 1 else ''}")
+        rows.append(_measure_ranks(arguments, count))
+        say(_line(rows[-1]))
+    for row in rows:
+        first = rows[0]
+        row["speedup"] = row["tokens_per_second"] / first["tokens_per_second"]
+        row["efficiency"] = row["speedup"] * first["ranks"] / row["ranks"]
+    given = {key: value for key, value in vars(arguments).items() if value is not None}
+    plan = given.pop("config")
+    del given["is_rank"]
+    benchmark.write_result(argparse.Namespace(**given), rows, verb=" ".join(["train", *plan]))
+
+
+def _measure_ranks(arguments: argparse.Namespace, ranks: int) -> dict[str, Any]:
+    """Write the shards, measure in this process or in several, and tidy up."""
+    config, part = _config(arguments, ranks), _part(arguments)
+    stage = config.stages[arguments.stage]
+    work = Path(config.runs_dir)
+    shutil.rmtree(work, ignore_errors=True)
+    try:
+        count = max(8, 2 * stage.batch)
+        write_latents(config, frames=stage.frames, count=count)
+        if ranks == 1:
+            _measure(arguments, 1)
+        else:
+            _launch(arguments, ranks)
+        found: dict[str, Any] = json.loads(part.read_text())
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        part.unlink(missing_ok=True)
+    return found
+
+
+def _line(row: dict[str, Any]) -> str:
+    speed = f"{row['tflops_per_second']:.3g} TFLOP/s"
+    if row["mfu"] is not None:
+        speed += f", {row['mfu']:.1%} of the peak"
+    elif "ratio_to_product" in row:
+        speed += f", {row['ratio_to_product']:.1%} of a bare product"
+    parts = ", ".join(f"{name} {share:.0%}" for name, share in row["share"].items() if share)
+    stall = row["checkpoint_stall"]
+    return (
+        f"{row['seconds_per_step']:.3g} s per step, {row['tokens_per_second']:.0f} tokens/s, "
+        f"{speed}; {parts}; a checkpoint stops training for {stall['seconds']:.3g} s, "
+        f"{stall['steps']:.2f} steps"
+    )
+
+
+def _check(arguments: argparse.Namespace) -> list[int]:
+    """The numbers of ranks; raises `UserError` if an argument does not fit."""
+    benchmark.check_arguments(arguments, positive=("warmup",))
+    if arguments.repeats < 2:
+        raise UserError(
+            f"--steps must be at least 2, found {arguments.repeats}: a checkpoint falls between "
+            "two of them"
+        )
+    try:
+        counts = [int(word) for word in arguments.ranks.split(",")]
+    except ValueError:
+        counts = []
+    if not counts or min(counts) < 1:
+        raise UserError(
+            f"--ranks must be numbers of processes such as 1,2, found {arguments.ranks!r}"
+        )
+    if arguments.config and arguments.shape:
+        raise UserError(
+            f"--shape must not be given with a plan of one's own, found {arguments.shape!r} and "
+            f"{arguments.config}; leave out one"
+        )
+    if arguments.shape not in (None, *SHAPES):
+        raise UserError(f"--shape must be one of {list(SHAPES)}, found {arguments.shape!r}")
+    config = _config(arguments, counts[0])
+    if arguments.stage not in config.stages:
+        raise UserError(
+            f"--stage must name a stage of the plan, one of {list(config.stages)}, found "
+            f"{arguments.stage!r}{nearest(arguments.stage, config.stages)}"
+        )
+    check_stages(config)
+    return counts
+
+
+def _config(arguments: argparse.Namespace, ranks: int) -> RunConfig:
+    """Of a measurement; its `runs_dir` lies beside the record while it runs."""
+    words = list(arguments.config or SHAPES[arguments.shape or "demo"])
+    if arguments.layers is not None:
+        words.append(f"model.num_layers={arguments.layers}")
+    strategy = arguments.strategy or ("single" if ranks == 1 else "deepspeed")
+    out = arguments.out.resolve()
+    words += [
+        f"runs_dir={out}.work",
+        "name=bench",
+        f"trainer.strategy={strategy}",
+        f"trainer.devices={ranks}",
+        f"trainer.accelerator={'gpu' if arguments.device == 'cuda' else 'cpu'}",
+        f"trainer.threads={max(1, arguments.threads // ranks)}",
+    ]
+    config = measured_config(
+        words,
+        stage_name=arguments.stage,
+        num_steps=arguments.warmup + arguments.repeats,
+        checkpoint_step=arguments.warmup + arguments.repeats // 2,
+    )
+    config.stages[arguments.stage].batch *= ranks  # each rank does what one would do alone
+    return config
+
+
+def _part(arguments: argparse.Namespace) -> Path:
+    """What one number of ranks has given."""
+    return arguments.out.with_name(f"{arguments.out.name}.measured")
+
+
+def _launch(arguments: argparse.Namespace, ranks: int) -> None:
+    """Run this command once more as several processes, by torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(ranks), "-m", "launch", "bench", "train"]
+    command += [*arguments.config, "--is-rank"]
+    for name in ("stage", "out", "device", "threads", "repeats", "warmup", "shape", "layers"):
+        value = getattr(arguments, name)
+        command += [f"--{name}", str(value)] if value is not None else []
+    if arguments.strategy is not None:
+        command += ["--strategy", arguments.strategy]
+    root = Path(__file__).parents[1]
+    paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+    own = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    status = subprocess.run(command, env=os.environ | own, check=False).returncode
+    if status:
+        raise UserError(
+            f"a training of {ranks} ranks must end with status 0, found {status}; see its messages "
+            "above"
+        )
+
+
+def _measure(arguments: argparse.Namespace, ranks: int) -> None:
+    """Measure in this process, as one of `ranks`, and leave the result at `_part`."""
+    config = _config(arguments, ranks)
+    found = train_measured(config, arguments.stage, warmup=arguments.warmup)
+    if not is_leader():
+        return
+    about = {
+        "stage": arguments.stage,
+        "kind": config.stages[arguments.stage].kind,
+        "ranks": ranks,
+        "strategy": config.trainer.strategy,
+        "precision": config.trainer.precision,
+        "threads_per_rank": config.trainer.threads,
+        "layers": config.model.num_layers,
+        "width": config.model.num_heads * config.model.head_dim,
+        "counted": COUNTED,
+        "packages": {name: package_version(name) for name in ("lightning", "deepspeed")},
+    }
+    found["checkpoint_stall"] |= {"goal_steps": STALL_GOAL_STEPS, "about": STALL_NOTE}
+    write_record(_part(arguments), about | found)
