@@ -246,7 +246,9 @@ def test_a_server_that_never_answers_is_a_warning_and_the_run_goes_offline(
 ):
     monkeypatch.setattr(tracking, "INIT_SECONDS", 2.0)
     server.is_hanging = True
+    start = time.monotonic()
     logger = build_wandb(TrackingConfig(), info(tmp_path))
+    assert time.monotonic() - start < 12  # two seconds of patience, and the start of W&B, twice
     assert logger.experiment.offline
     close_wandb(logger)
     assert "W&B refused the run" in caplog.text
