@@ -40,11 +40,11 @@ from launch.steps import (
     step_keys,
 )
 from train import checkpoint
-from train.samples import SampleVideos
 from train.failures import TrainingFailure
 from train.fit import CHECKPOINTS, SAMPLES
 from train.ranks import barrier
 from train.restore import restore
+from train.samples import SampleVideos
 from train.stage import Stage
 
 PREFIX = ".dry-run-"

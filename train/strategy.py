@@ -9,6 +9,7 @@ import atexit
 import logging
 import os
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -51,10 +52,15 @@ def build_strategy(config: TrainerConfig) -> Strategy:
     if config.strategy == "single":
         return SingleStrategy(torch.device("cuda", 0) if uses_gpu(config) else torch.device("cpu"))
     if config.strategy == "ddp":
-        return ReplicatedStrategy()
+        return ReplicatedStrategy(timeout=patience(config))
     if not uses_gpu(config):
         os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
     return DeepSpeedEngines(config)
+
+
+def patience(config: TrainerConfig) -> timedelta:
+    """Longest wait for another rank: above that of the watchdog, which can say what is wrong."""
+    return timedelta(seconds=2 * config.hang_seconds) if config.hang_seconds else timedelta(days=7)
 
 
 class SingleStrategy(SingleDeviceStrategy):
@@ -104,7 +110,7 @@ class DeepSpeedEngines(DeepSpeedStrategy):
             "zero_optimization": zero,
             "torch_autocast": {"enabled": settings.precision == "bf16", "dtype": "bfloat16"},
         }
-        super().__init__(config=config, logging_level=logging.WARNING)
+        super().__init__(config=config, logging_level=logging.WARNING, timeout=patience(settings))
         self._settings = settings
 
     def setup_environment(self) -> None:

@@ -93,7 +93,7 @@ def test_a_saved_config_reads_back_equal(base, tmp_path):
         ("trainer.devices=-1", r"trainer\.devices must not be negative, found -1"),
         ("trainer.hang_seconds=-1", r"trainer\.hang_seconds must not be negative, found -1"),
         ("trainer.silence_seconds=0", r"trainer\.silence_seconds must be above 0, found 0"),
-        ("trainer.zero_stage=3", r"trainer\.zero_stage must be 0, 1 or 2, found 3"),
+        ("trainer.zero_stage=4", r"trainer\.zero_stage must be 0, 1, 2 or 3, found 4"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_key_and_what_to_do(base, override, message):

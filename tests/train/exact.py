@@ -20,12 +20,13 @@ from torch.utils.data import DataLoader, Dataset
 from configs.schema import RunConfig, TrackingConfig, TrainerConfig
 from data.datamodule import SwitchBatch
 from tests.train.small_stages import batch, small_stage
+from tests.train.toy import arrange
 from train.engine import Piece
 from train.fit import fit
 from train.ranks import rank, world_size
 from train.stage import Stage, split_batch
 
-STAGE_WORDS = ("kind", "steps", "clip", "micro_batch", "layers")
+STAGE_WORDS = ("kind", "steps", "clip", "micro_batch", "layers", "checkpoint_every")
 BATCH = 4
 """Samples of a step, over all ranks."""
 PARAMS = {
@@ -71,7 +72,9 @@ def record(stage: Stage, step: int, found: dict[str, Tensor]) -> None:
 
 def train(path: Path, words: dict[str, Any]) -> None:
     """Train under a strategy; write the trajectory, and the averages at its end."""
+    event = words.pop("event")
     stage = exact_stage(**{key: words.pop(key) for key in STAGE_WORDS})
+    arrange(stage, event, ranks=2)
     steps = stage.config.steps
     trainer = TrainerConfig(accelerator="cpu", threads=1, persistent_params=0, **words)
     config = RunConfig(
@@ -226,9 +229,12 @@ def main(words: list[str]) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("path", type=Path)
     numbers = {"steps": 10, "zero_stage": 2, "devices": 2, "micro_batch": 0, "layers": 2}
+    numbers["checkpoint_every"] = 100
     for name, default in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--kind")
+    parser.add_argument("--event", default="", help="see `tests.train.toy.arrange`")
+    parser.add_argument("--silence_seconds", type=float, default=60.0)
     parser.add_argument("--clip", type=float, default=0.0)
     parser.add_argument("--strategy", default="deepspeed")
     parser.add_argument("--precision", default="fp32")

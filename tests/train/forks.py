@@ -1,8 +1,9 @@
-"""Runs of the toy by forked ranks: the libraries are imported once, which takes longer than a run.
+"""Runs by forked ranks: the libraries are imported once, which takes longer than a run.
 
 python -m tests.train.forks RESULTS < CASES, both JSON: name of a run to the words of its command
-line, and to the exit status, seconds and standard error of each rank. If a case has a list under
-"nodes", each rank is a node of its own, in that network namespace and with those variables.
+line, and to the exit status, seconds and standard error of each rank. The program is the toy, or
+the one under "program". If a case has a list under "nodes", each rank is a node of its own, in that
+network namespace and with those variables.
 """
 
 import ctypes
@@ -13,31 +14,34 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
-from tests.train import toy
+from tests.train import exact, toy
 from tests.train.conftest import ROOT, free_port
 
 RANKS = 2
 
 
-def run_cases(cases: dict[str, dict], folder: Path) -> dict[str, list[dict]]:
+PROGRAMS = {"toy": toy.main, "exact": exact.main}
+
+
+def run_cases(cases: dict[str, dict], folder: Path, *, limit: int = 60) -> dict[str, list[dict]]:
     """Run cases in a process of their own; what became of the ranks of each."""
+    folder.mkdir(exist_ok=True)
     results = folder / "results.json"
     environ = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    command = ["timeout", "-k", "10", "120", sys.executable, "-m", "tests.train.forks", results]
+    command = ["timeout", "-k", "10", str(limit + 60)]
+    command += [sys.executable, "-m", "tests.train.forks", results, str(limit)]
     subprocess.run(command, input=json.dumps(cases), text=True, env=environ, cwd=ROOT, check=True)
     return json.loads(results.read_text())
 
 
-def main(results: Path) -> None:
+def main(results: Path, limit: float) -> None:
     """Run all cases at the same time: they mostly wait."""
     cases = json.load(sys.stdin)
-    started = {
-        name: start_ranks(case["words"], results.parent / name, nodes=case.get("nodes"))
-        for name, case in cases.items()
-    }
-    ended = wait_for(list(started.values()), limit=60.0)
+    started = {name: start_ranks(case, results.parent / name) for name, case in cases.items()}
+    ended = wait_for(list(started.values()), limit=limit)
     found = {
         name: [
             {
@@ -52,8 +56,9 @@ def main(results: Path) -> None:
     results.write_text(json.dumps(found))
 
 
-def start_ranks(words: list[str], folder: Path, *, nodes: list[dict] | None) -> list[int]:
+def start_ranks(case: dict, folder: Path) -> list[int]:
     """Fork the ranks of one case; their process numbers."""
+    nodes, program = case.get("nodes"), PROGRAMS[case.get("program", "toy")]
     folder.mkdir()
     shared = {
         "MASTER_ADDR": "127.0.0.1",
@@ -70,7 +75,8 @@ def start_ranks(words: list[str], folder: Path, *, nodes: list[dict] | None) -> 
                 own = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
                 os.environ.update(own | nodes[number]["environ"])
                 enter_namespace(nodes[number]["namespace"])
-            become_rank([str(folder), *words], folder / f"stderr-{number}")
+            where = case.get("folder", str(folder))
+            become_rank(program, [where, *case["words"]], folder / f"stderr-{number}")
         pids.append(pid)
     return pids
 
@@ -83,13 +89,13 @@ def enter_namespace(name: str) -> None:
             raise OSError(ctypes.get_errno(), f"namespace {name}")
 
 
-def become_rank(words: list[str], stderr: Path) -> None:
-    """Run the toy as a program would, with its exit statuses."""
+def become_rank(program: Callable, words: list[str], stderr: Path) -> None:
+    """Run a program's main function as the interpreter would, with its exit statuses."""
     target = os.open(stderr, os.O_WRONLY | os.O_CREAT)
     os.dup2(target, 2)
     status = 1
     try:
-        toy.main(words)
+        program(words)
         status = 0
     except SystemExit as end:
         status = int(end.code or 0)
@@ -129,4 +135,4 @@ if __name__ == "__main__":
     # What every engine imports as it is built, 5 s of it.
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), float(sys.argv[2]))

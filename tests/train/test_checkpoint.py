@@ -129,6 +129,26 @@ def test_damaged_file_is_named(tmp_path):
         restore(built_stage(), whole)
 
 
+def test_a_file_of_another_step_is_refused(tmp_path):
+    stage = built_stage()
+    old = write(snapshot_at(stage, 2), Shelf(tmp_path, keep=2))
+    new = write(snapshot_at(stage, 4), Shelf(tmp_path, keep=2))
+    stage.engine("student").module[0].weight.data.add_(1)
+    shutil.copy(old / "rank-00000.safetensors", new)
+    path = new / "rank-00000.safetensors"
+    path.write_bytes(path.read_bytes().replace(b"extra.mean", b"extra.maen"))
+    with pytest.raises(CheckpointError, match=r"rank-00000\.safetensors must be the file that COM"):
+        restore(built_stage(), new)
+
+
+def test_every_so_many_steps_a_checkpoint_stays_for_good(tmp_path):
+    stage = built_stage()
+    for step in (2, 4, 6, 8, 10):
+        write(snapshot_at(stage, step), Shelf(tmp_path, keep=1, keep_every=4))
+    kept = sorted(path.name for path in tmp_path.glob("step-*"))
+    assert kept == ["step-00000004", "step-00000008", "step-00000010"]
+
+
 def test_unreadable_marker_is_named(tmp_path):
     whole = write(snapshot_at(built_stage(), 2), Shelf(tmp_path, keep=1))
     (whole / checkpoint.MARKER).write_text("{")

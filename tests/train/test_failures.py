@@ -13,7 +13,7 @@ from train.failures import newest_failure, read_failure
 
 def failing_stage(config, event):
     stage = toy_stage(config)
-    arrange(stage, event)
+    arrange(stage, event, ranks=1)
     return stage
 
 
@@ -72,7 +72,18 @@ def test_a_damaged_record_is_refused(tmp_path, content):
 
 
 def test_one_rank_of_two_with_an_infinite_loss_stops_both(tmp_path, run_toy):
-    words = ["--strategy", "deepspeed", "--devices", 2, "--steps", 4, "--event", "inf:2"]
+    words = [
+        "--strategy",
+        "deepspeed",
+        "--devices",
+        2,
+        "--steps",
+        4,
+        "--event",
+        "inf:2",
+        "--batch",
+        8,
+    ]
     assert run_toy(tmp_path, *words, ranks=2) == [1, 1]
     written = json.loads((tmp_path / "failure-00000003.json").read_text())
     assert (written["quantity"], written["value"]) == ("loss/critic", "inf")

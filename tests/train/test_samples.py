@@ -9,10 +9,10 @@ from data.video import read_video
 from models.attention import block_causal_mask
 from models.salience import SalienceHead
 from tests.models.small import small_transformer
-from tests.train.test_stages import FRAMES, batch, build, streaming
+from tests.train.small_stages import FRAMES, batch, build
 from tests.train.toy import ToyStage, toy_config, toy_stage, train
 from tests.train.wandb_file import offline_runs
-from train.salience import SalienceParams, SalienceStage, clean_hidden, later_map
+from train.salience import clean_hidden, later_map
 from train.samples import beside_salience
 
 
@@ -57,9 +57,7 @@ def test_a_stage_with_a_head_gets_two_videos_and_both_reach_the_mirror(tmp_path)
 
 
 def test_the_map_of_the_salience_stage_is_the_heads_prediction_for_later_blocks():
-    head = SalienceHead(num_layers=2, width=24, hidden=8, grid=(2, 3))
-    frozen = {"teacher": small_transformer(2), "student": small_transformer(0)}
-    stage = build(SalienceStage, SalienceParams(), {"head": head}, frozen)
+    stage = build("salience")
     shown = batch()
     found = stage.preview_salience(shown)
     predicted, _ = stage.predict(shown)
@@ -70,7 +68,7 @@ def test_the_map_of_the_salience_stage_is_the_heads_prediction_for_later_blocks(
 
 
 def test_the_map_of_a_stream_shows_its_last_window():
-    stage = streaming()
+    stage = build("streaming")
     assert stage.preview_salience(batch()) is None
     stage.update(batch(), 0)
     found, shown = stage.preview_salience(batch()), stage.preview(batch())

@@ -208,7 +208,7 @@ def test_a_rank_that_hangs_is_named_with_the_place_where_it_hangs(two_ranks):
     for rank in two_ranks["asleep"]:
         line = last_line(rank)
         assert re.search(r"no rank has made progress for \d+ s, rank 1 holds up the others: ", line)
-        assert re.search(r"rank 1 on \S+, step 4, rollout, at tests/train/toy\.py:\d+ happen", line)
+        assert re.search(r"rank 1 on \S+, step 4, rollout, at tests/train/toy\.py:\d+ hang", line)
         assert re.search(r"rank 0 on \S+, step 4, \w+, at torch/distributed/\S+ all_reduce", line)
 
 

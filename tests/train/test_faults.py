@@ -1,0 +1,119 @@
+"""Kill -9 at any moment, in any stage, on any rank: the restarted run gives the same bits."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.train.forks import run_cases
+from tests.train.small_stages import KINDS
+from train.checkpoint import newest_whole, step_of
+from train.tracking import MACHINE_KEYS
+
+STEPS = 7
+EVENTS = {"mid-step": "kill", "mid-save": "save", "saved": "saved", "before-pointer": "pointer"}
+"""In `saved`, the rank has written its file, but the checkpoint is not whole."""
+COMMON = f"--steps {STEPS} --checkpoint_every 2 --layers 1 --silence_seconds 4"
+
+FEW = {
+    "teacher": ("mid-step", 1),
+    "causal": ("mid-save", 0),
+    "distill": ("mid-step", 0),
+    "salience": ("saved", 1),
+    "streaming": ("mid-save", 1),
+}
+# Only rank 0 moves the pointer.
+ALL = [
+    (kind, moment, rank)
+    for kind in KINDS
+    for moment in EVENTS
+    for rank in (0, 1)
+    if (moment, rank) != ("before-pointer", 1)
+]
+
+
+def strategy_of(kind: str, rank: int) -> str:
+    """Another strategy for each: what is tested is the same in all of them."""
+    which = (KINDS.index(kind) + rank) % 3
+    return ("--strategy ddp", "--zero_stage 2", "--zero_stage 3")[which]
+
+
+def step_of_event(kind: str, moment: str) -> int:
+    """In `streaming` only the starts of streams can be saved: steps 0, 3 and 6."""
+    return 5 if moment == "mid-step" else 3 if kind == "streaming" else 4
+
+
+def run_all(cases, folder, *, limit=240):
+    """The three runs of each case: undisturbed, killed, and started again."""
+    runs = {f"{kind}-{moment}-{rank}": (kind, moment, rank) for kind, moment, rank in cases}
+    found = {}
+    for phase in ("whole", "killed", "again"):
+        given = {}
+        for name, (kind, moment, rank) in runs.items():
+            words = f"{COMMON} --kind {kind} {strategy_of(kind, rank)}".split()
+            if phase == "killed":
+                words += ["--event", f"{EVENTS[moment]}:{step_of_event(kind, moment)}:{rank}"]
+            place = "whole" if phase == "whole" else "run"
+            path = folder / f"{name}-{place}.safetensors"
+            given[f"{name}-{phase}"] = {"program": "exact", "words": words, "folder": str(path)}
+        # A few at a time: they share the cores, and watch each other for silence.
+        names = list(given)
+        for start in range(0, len(names), 3):
+            part = {name: given[name] for name in names[start : start + 3]}
+            found |= run_cases(part, folder / f"{phase}-{start}", limit=limit)
+        if phase == "killed":
+            left = {name: newest(folder, name) for name in runs}
+    return folder, found, left
+
+
+def newest(folder, name):
+    whole = newest_whole(folder / f"{name}-run" / "checkpoints")
+    return None if whole is None else step_of(whole)
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    cases = [(kind, moment, rank) for kind, (moment, rank) in FEW.items()]
+    return run_all(cases, tmp_path_factory.mktemp("few"))
+
+
+@pytest.fixture(scope="module")
+def every(tmp_path_factory):
+    return run_all(ALL, tmp_path_factory.mktemp("all"))
+
+
+def check(runs, kind, moment, rank):
+    folder, found, left = runs
+    name = f"{kind}-{moment}-{rank}"
+    assert [one["status"] for one in found[f"{name}-whole"]] == [0, 0]
+    killed = [one["status"] for one in found[f"{name}-killed"]]
+    assert killed[rank] == -9
+    assert killed[1 - rank] != 0, "the other rank does not take the job for finished"
+    before, at = (0, 3) if kind == "streaming" else (2, 4)
+    possible = {"mid-step": (before, at), "before-pointer": (at,)}.get(moment, (before,))
+    assert left[name] in possible
+    assert [one["status"] for one in found[f"{name}-again"]] == [0, 0]
+    whole, again = (load_file(folder / f"{name}-{end}.safetensors") for end in ("whole", "run"))
+    last = {key for key in whole if key.startswith((f"{STEPS - 1}/", "ema/"))}
+    assert last <= again.keys() < whole.keys(), "it did not start from the beginning"
+    assert all(torch.equal(whole[key], again[key]) for key in again)
+    assert rows(folder / f"{name}-whole") == rows(folder / f"{name}-run")
+
+
+def rows(folder):
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    assert found
+    return [{k: v for k, v in row.items() if not k.startswith(MACHINE_KEYS)} for row in found]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_rank_changes_no_bit_of_the_result(few, kind):
+    check(few, kind, *FEW[kind])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("kind", "moment", "rank"), ALL)
+def test_no_moment_of_a_kill_changes_a_bit_of_the_result(every, kind, moment, rank):
+    check(every, kind, moment, rank)
