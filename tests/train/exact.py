@@ -168,6 +168,8 @@ class PlainEngine:
     def layout(self) -> list[Piece]:
         return []
 
+    is_written_here = False
+
     def weights(self, ema: bool = False) -> dict[str, Tensor]:
         state = {key: value.detach().clone() for key, value in self.module.state_dict().items()}
         if ema:

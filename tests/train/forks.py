@@ -1,7 +1,8 @@
 """Runs by forked ranks: the libraries are imported once, which takes longer than a run.
 
-python -m tests.train.forks RESULTS < CASES, both JSON: name of a run to the words of its command
-line, and to the exit status, seconds and standard error of each rank. The program is the toy, or
+python -m tests.train.forks RESULTS LIMIT < WAVES, both JSON. A wave is what runs at the same time:
+name of a run to the words of its command line. The results are the exit status, seconds and
+standard error of each rank: two, or as many as "ranks" says. The program is the toy, or
 the one under "program". If a case has a list under "nodes", each rank is a node of its own, in that
 network namespace and with those variables.
 """
@@ -20,29 +21,36 @@ from pathlib import Path
 from tests.train import exact, toy
 from tests.train.conftest import ROOT, free_port
 
-RANKS = 2
+LIMIT = 60
+"""Seconds of a wave, after which what still runs is killed."""
 
 
 PROGRAMS = {"toy": toy.main, "exact": exact.main}
 
 
-def run_cases(cases: dict[str, dict], folder: Path, *, limit: int = 60) -> dict[str, list[dict]]:
-    """Run cases in a process of their own; what became of the ranks of each."""
-    folder.mkdir(exist_ok=True)
+def run_cases(*waves: dict[str, dict], folder: Path) -> dict[str, list[dict]]:
+    """Run cases, wave after wave, from a process of their own; what became of the ranks of each."""
     results = folder / "results.json"
     environ = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    command = ["timeout", "-k", "10", str(limit + 60)]
-    command += [sys.executable, "-m", "tests.train.forks", results, str(limit)]
-    subprocess.run(command, input=json.dumps(cases), text=True, env=environ, cwd=ROOT, check=True)
+    command = ["timeout", "-k", "10", str(60 + LIMIT * len(waves))]
+    command += [sys.executable, "-m", "tests.train.forks", results]
+    subprocess.run(command, input=json.dumps(waves), text=True, env=environ, cwd=ROOT, check=True)
     return json.loads(results.read_text())
 
 
-def main(results: Path, limit: float) -> None:
+def main(results: Path) -> None:
+    """Run all waves."""
+    found: dict[str, list[dict]] = {}
+    for wave in json.load(sys.stdin):
+        found |= run_wave(wave, results)
+    results.write_text(json.dumps(found))
+
+
+def run_wave(cases: dict[str, dict], results: Path) -> dict[str, list[dict]]:
     """Run all cases at the same time: they mostly wait."""
-    cases = json.load(sys.stdin)
     started = {name: start_ranks(case, results.parent / name) for name, case in cases.items()}
-    ended = wait_for(list(started.values()), limit=limit)
-    found = {
+    ended = wait_for(list(started.values()), limit=LIMIT)
+    return {
         name: [
             {
                 "status": ended[pid][0],
@@ -53,21 +61,21 @@ def main(results: Path, limit: float) -> None:
         ]
         for name, pids in started.items()
     }
-    results.write_text(json.dumps(found))
 
 
 def start_ranks(case: dict, folder: Path) -> list[int]:
     """Fork the ranks of one case; their process numbers."""
     nodes, program = case.get("nodes"), PROGRAMS[case.get("program", "toy")]
+    ranks = case.get("ranks", 2)
     folder.mkdir()
     shared = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": str(RANKS),
-        "LOCAL_WORLD_SIZE": str(RANKS),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
     }
     pids = []
-    for number in range(RANKS):
+    for number in range(ranks):
         pid = os.fork()
         if pid == 0:
             os.environ.update(shared | {"RANK": str(number), "LOCAL_RANK": str(number)})
@@ -135,4 +143,4 @@ if __name__ == "__main__":
     # What every engine imports as it is built, 5 s of it.
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
-    main(Path(sys.argv[1]), float(sys.argv[2]))
+    main(Path(sys.argv[1]))

@@ -135,7 +135,9 @@ def trained(nodes, tmp_path_factory) -> Path:
     ]
     words = ["--strategy", "deepspeed"]
     folder = tmp_path_factory.mktemp("nodes")
-    found = run_cases({"one": {"words": words}, "two": {"words": words, "nodes": two}}, folder)
+    found = run_cases(
+        {"one": {"words": words}, "two": {"words": words, "nodes": two}}, folder=folder
+    )
     for name, ranks in found.items():
         assert [rank["status"] for rank in ranks] == [0, 0], (name, ranks)
     return folder

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.train.forks import run_cases
 from tests.train.toy import final_weights, toy_config, toy_network, toy_stage
 from train.checkpoint import newest_whole, read_marker, step_of
 from train.engine import NonFiniteGradientError, SingleEngine, build_engines
@@ -76,17 +77,26 @@ def test_metrics_of_two_ranks_are_their_mean(two_ranks):
     assert rows[0]["loss/critic"] > 0
 
 
-def test_four_two_and_one_rank_continue_from_the_same_checkpoint(run_toy, tmp_path):
+def test_four_two_and_one_rank_continue_from_the_same_checkpoint(tmp_path):
     """ZeRO-3 on four, ZeRO-2 on two, one alone: what is read is what was written, bit for bit."""
-    common = (tmp_path / "parts", "--steps", STEPS, "--no_noise")
-    four = (*ZERO["zero3"], "--devices", 4, "--event", "term:1")
-    assert run_toy(*common, *four, ranks=4) == [0] * 4
-    check_restored(tmp_path / "parts", 2)
-    two = (*ZERO["zero2"], "--devices", 2, "--event", "term:3")
-    assert run_toy(*common, *two, ranks=2) == [0] * 2
-    check_restored(tmp_path / "parts", 4)
-    assert run_toy(*common) == [0]
-    assert run_toy(tmp_path / "whole", "--steps", STEPS, "--no_noise") == [0]
+    common = ("--steps", STEPS, "--no_noise", "--keep", 9)
+    runs = [
+        (4, *ZERO["zero3"], "--event", "term:1"),
+        (2, *ZERO["zero2"], "--event", "term:3"),
+        (1,),
+    ]
+    waves = [
+        {str(ranks): {"ranks": ranks, "folder": str(tmp_path / "parts"), "words": [*common, *more]}}
+        for ranks, *more in runs
+    ]
+    waves[0]["whole"] = {"ranks": 1, "words": common}
+    for wave in waves:
+        for case in wave.values():
+            case["words"] = [str(word) for word in case["words"]]
+    found = run_cases(*waves, folder=tmp_path)
+    assert all(rank["status"] == 0 for case in found.values() for rank in case)
+    for step in (2, 4):
+        check_restored(tmp_path / "parts", step)
     parts, whole = (load_file(tmp_path / name / "final.safetensors") for name in ("parts", "whole"))
     for key in whole:
         # Gradients of parts of a batch are added in another order than within it.
@@ -95,13 +105,12 @@ def test_four_two_and_one_rank_continue_from_the_same_checkpoint(run_toy, tmp_pa
 
 def check_restored(folder, step):
     """One process takes in what many have written: weights, averages and moments."""
-    saved = newest_whole(folder / "checkpoints")
-    assert step_of(saved) == step
+    saved = folder / "checkpoints" / f"step-{step:08d}"
     stage = toy_stage(toy_config(steps=STEPS))
     stage.engines = build_engines(stage.engine_specs(), SingleEngine)
     stage.identity = read_marker(saved)["identity"]
     assert restore(stage, saved) == step
-    wanted = load_file(folder / "stopped.safetensors")
+    wanted = load_file(folder / f"stopped-{step}.safetensors")
     found = final_weights(stage)
     for key in wanted.keys() - {"mean"}:
         assert torch.equal(found[key], wanted[key]), key

@@ -165,7 +165,7 @@ def two_ranks(tmp_path_factory):
         name: {"words": ["--strategy", "deepspeed", *map(str, words)]}
         for name, words in CASES.items()
     }
-    return run_cases(cases, tmp_path_factory.mktemp("watchdog"))
+    return run_cases(cases, folder=tmp_path_factory.mktemp("watchdog"))
 
 
 def last_line(rank) -> str:

@@ -162,6 +162,7 @@ def toy_config(**changes) -> RunConfig:
         log_every=changes.pop("log_every", 3),
         micro_batch=changes.pop("micro_batch", 0),
         sample_every=changes.pop("sample_every", 0),
+        keep=changes.pop("keep", 2),
     )
     tracking = changes.pop("tracking", TrackingConfig(wandb="off"))
     trainer = TrainerConfig(accelerator="cpu", threads=1, **changes)
@@ -211,7 +212,7 @@ def main(words: list[str]) -> None:
         return
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    numbers = {"steps": 6, "zero_stage": 2, "devices": 0, "batch": 4, "micro_batch": 0}
+    numbers = {"steps": 6, "zero_stage": 2, "devices": 0, "batch": 4, "micro_batch": 0, "keep": 2}
     for name, default in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     for name, default in (("clip", 1.0), ("hang_seconds", 60.0), ("silence_seconds", 60.0)):
@@ -234,7 +235,7 @@ def main(words: list[str]) -> None:
         train(folder, config, stage)
     except Interrupted as stop:
         (folder / "interrupted").write_text(str(stop.step))
-        save_weights(stage, folder / "stopped.safetensors")
+        save_weights(stage, folder / f"stopped-{stop.step}.safetensors")
         if "--then" not in sys.argv:
             raise
         return
