@@ -27,7 +27,10 @@ RESULTS_VERSION = 3
 """Part of every key; raise it when a step gives other results from the same settings."""
 
 STARTED, DONE = "STARTED.json", "DONE.json"
+LOCK = ".lock"
 POLL_SECONDS = 0.2
+LEADER_SECONDS = 60.0
+"""That rank 0 may take to appear in the run folder, or to write its last record after leaving."""
 
 
 class PlanError(UserError):
@@ -202,7 +205,7 @@ def hold_lock(root: Path) -> Iterator[None]:
         PlanError: If another process holds it.
     """
     root.mkdir(parents=True, exist_ok=True)
-    with (root / ".lock").open("a+") as file:
+    with (root / LOCK).open("a+") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -246,10 +249,10 @@ def write_record(path: Path, content: Mapping[str, Any] | Sequence[Mapping[str, 
 
 def _run_step(step: Step, key: str, *, root: Path, label: str) -> None:
     if not is_leader():
-        _wait_for(key, step.started_file, step.done_file)
+        _wait_for(key, step.started_file, step.done_file, root=root)
         if step.on_all_ranks and not is_complete(step, key):
             step.run()
-        _wait_for(key, step.done_file)
+        _wait_for(key, step.done_file, root=root)
         return
     continues = recorded_key(step.started_file) == key
     if not continues:
@@ -278,6 +281,22 @@ def _set_aside(step: Step, *, root: Path) -> None:
     say(f"{step.name}: settings or inputs have changed; the old folder is kept as {target}")
 
 
-def _wait_for(key: str, *records: Path) -> None:
+def _wait_for(key: str, *records: Path, root: Path) -> None:
+    """Return when rank 0 has written one of the records.
+
+    Raises:
+        PlanError: If rank 0 does not hold the lock of the run folder: it has ended, or works in
+            another folder of this name.
+    """
+    missed = time.monotonic()
     while all(recorded_key(record) != key for record in records):
+        lock = root / LOCK
+        if lock.exists() and lock.read_text():
+            missed = time.monotonic()
+        elif time.monotonic() - missed > LEADER_SECONDS:
+            raise PlanError(
+                f"rank 0 must be at work in run folder {str(root)!r} as this rank sees it, found it "
+                f"free for {LEADER_SECONDS:.0f} s; see what rank 0 said, and give a runs_dir that "
+                "all nodes share"
+            )
         time.sleep(POLL_SECONDS)

@@ -13,15 +13,25 @@ from launch.student import transformer_from_config
 from models.kv_policies import build_policy
 from models.kv_spec import CacheSpec
 from models.rollout import make_cache, refresh
+from train.stage import rank_share
 
 FILES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 TINY = next(path for path in FILES if path.stem == "tiny")
-PLANS = [path for path in FILES if "stages:" in path.read_text()]
+OVERLAYS = ("cluster",)
+PLANS = [path for path in FILES if path.stem not in OVERLAYS]
 
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
 def test_a_shipped_plan_loads_and_its_stages_know_their_params(path):
     check_stages(load_config([str(path)]))
+
+
+def test_the_overlay_for_a_cluster_fits_the_demo_on_64_ranks():
+    demo, cluster = (str(TINY.with_name(f"{name}.yaml")) for name in ("demo", "cluster"))
+    config = load_config([demo, cluster])
+    check_stages(config)
+    assert config.stages.keys() == load_config([demo]).stages.keys()
+    assert {rank_share(stage, 64) for stage in config.stages.values()} == {1}
 
 
 def test_show_builds_the_networks_and_names_the_steps(tmp_path):

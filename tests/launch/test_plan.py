@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from launch.steps import (
     run_one_step,
     run_steps,
     step_keys,
+    write_record,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -388,3 +390,24 @@ def test_an_external_input_counts_by_its_content(tmp_path):
         return step_keys(plan_steps(config))["causal"]
 
     assert key(1.0) == key(1.0) != key(2.0)
+
+
+def test_a_rank_does_not_wait_for_ever_for_a_leader_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setattr("launch.steps.LEADER_SECONDS", 0.5)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    step = Step(name="one", folder=tmp_path / "one", settings={}, run=lambda: None)
+    with pytest.raises(PlanError, match="must be at work in run folder .* that all nodes share"):
+        run_steps([step], root=tmp_path)
+    # A leader that is there is waited for.
+    leave = threading.Event()
+
+    def lead():
+        (tmp_path / ".lock").write_text("1 on somewhere")
+        leave.wait(1.5)
+        write_record(step.done_file, {"key": step_keys([step])["one"]})
+
+    leader = threading.Thread(target=lead)
+    leader.start()
+    run_steps([step], root=tmp_path)
+    leader.join()
