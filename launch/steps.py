@@ -295,8 +295,8 @@ def _wait_for(key: str, *records: Path, root: Path) -> None:
             missed = time.monotonic()
         elif time.monotonic() - missed > LEADER_SECONDS:
             raise PlanError(
-                f"rank 0 must be at work in run folder {str(root)!r} as this rank sees it, found it "
-                f"free for {LEADER_SECONDS:.0f} s; see what rank 0 said, and give a runs_dir that "
-                "all nodes share"
+                f"rank 0 must be at work in run folder {str(root)!r} as this rank sees it, found "
+                f"it free for {LEADER_SECONDS:.0f} s; see what rank 0 said, and give a runs_dir "
+                "that all nodes share"
             )
         time.sleep(POLL_SECONDS)

@@ -397,7 +397,7 @@ def test_a_rank_does_not_wait_for_ever_for_a_leader_that_is_not_there(tmp_path, 
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
     step = Step(name="one", folder=tmp_path / "one", settings={}, run=lambda: None)
-    with pytest.raises(PlanError, match="must be at work in run folder .* that all nodes share"):
+    with pytest.raises(PlanError, match=r"must be at work in run folder .* that all nodes share"):
         run_steps([step], root=tmp_path)
     # A leader that is there is waited for.
     leave = threading.Event()

@@ -98,6 +98,8 @@ def train(path: Path, words: dict[str, Any]) -> None:
     fit(stage, Shares(steps), folder=path.with_suffix(""), config=config, stage_name="test")
     for name, engine in stage.engines.items():
         found |= {f"ema/{name}/{k}": value for k, value in engine.weights(ema=True).items()}
+    shares = [getattr(p, "ds_tensor", p).numel() for p in stage.frozen.parameters()]
+    found["frozen_elements"] = torch.tensor(sum(shares))
     if rank() == 0:
         safetensors.torch.save_file(found, path)
 

@@ -100,9 +100,9 @@ def test_traced_layers_are_whole_and_few_also_in_rollouts_with_a_cache(monkeypat
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler, found no g++ and no CXX")
-@pytest.mark.parametrize("kind", ["teacher", "causal", "distill"])
-def test_compiled_layers_give_the_same_losses_and_gradients(kind, fresh_compiler):
-    same_up_to_rounding(kind, recomputes=kind == "causal")
+def test_compiled_layers_give_the_same_losses_and_gradients(fresh_compiler):
+    # With recomputation and masks; the others differ in what they do around the same pieces.
+    same_up_to_rounding("causal", recomputes=True)
     assert not fresh_compiler["graph_break"]
 
 
