@@ -185,14 +185,13 @@ def _config(arguments: argparse.Namespace, ranks: int) -> RunConfig:
         f"trainer.accelerator={'gpu' if arguments.device == 'cuda' else 'cpu'}",
         f"trainer.threads={max(1, arguments.threads // ranks)}",
     ]
-    config = measured_config(
+    return measured_config(
         words,
+        ranks=ranks,
         stage_name=arguments.stage,
         num_steps=arguments.warmup + arguments.repeats,
         checkpoint_step=arguments.warmup + arguments.repeats // 2,
     )
-    config.stages[arguments.stage].batch *= ranks  # each rank does what one would do alone
-    return config
 
 
 def _part(arguments: argparse.Namespace) -> Path:

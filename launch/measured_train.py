@@ -81,12 +81,13 @@ class Recorder(Speedometer):
 
 
 def measured_config(
-    words: Sequence[str], *, stage_name: str, num_steps: int, checkpoint_step: int
+    words: Sequence[str], *, ranks: int, stage_name: str, num_steps: int, checkpoint_step: int
 ) -> RunConfig:
     """The config of a measurement: one checkpoint within it, no videos, no W&B, no evaluation.
 
     Args:
         words: YAML files and overrides.
+        ranks: Processes; each does what one would do alone.
         stage_name: Of the stage that is measured.
         num_steps: Of the whole training, warm-up included.
         checkpoint_step: Steps before the checkpoint.
@@ -95,7 +96,7 @@ def measured_config(
     if stage_name not in config.stages:
         return config
     stage = config.stages[stage_name]
-    stage.steps = num_steps
+    stage.steps, stage.batch = num_steps, stage.batch * ranks
     stage.checkpoint_every, stage.keep = checkpoint_step, 1
     stage.sample_every, stage.log_every = 0, num_steps
     if stage.kind == "salience":

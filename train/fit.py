@@ -121,13 +121,14 @@ def fit(
     checkpoints = Checkpoints(shelf, every=stage.config.checkpoint_every, signals=signals)
     watchdog = Watchdog(config.trainer)
     failures = Failures(folder, checkpoints=folder / CHECKPOINTS)
-    ours: list[L.Callback] = [watchdog, failures]
+    ours: list[L.Callback] = [watchdog]
     if decode is not None and stage.config.sample_every > 0:
         every = stage.config.sample_every
         ours.append(SampleVideos(folder / SAMPLES, every=every, decode=decode, fps=fps))
     about = run_info(config, stage_name, folder=folder, identity=stage.identity, data=data_hash)
-    # In this order: a checkpoint says that samples and rows before it are written.
-    ours += [checkpoints, Records(config.tracking, about)]
+    # In this order: a checkpoint says that samples and rows before it are written; the record of a
+    # failure names the checkpoint that was still being written.
+    ours += [checkpoints, failures, Records(config.tracking, about)]
     ours += [Alarms(config.tracking), Progress(stage_name)]
     trainer = build_trainer(
         config, folder, [*callbacks, *ours], num_batches=stage.config.steps - done

@@ -108,7 +108,9 @@ def test_ranks_are_averaged_but_for_memory():
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_shape_is_a_plan_whose_stages_can_be_measured(shape):
-    config = measured_config(SHAPES[shape], stage_name="streaming", num_steps=9, checkpoint_step=5)
+    config = measured_config(
+        SHAPES[shape], ranks=2, stage_name="streaming", num_steps=9, checkpoint_step=5
+    )
     check_stages(config)
     stage = config.stages["streaming"]
     assert (stage.steps, stage.checkpoint_every, stage.sample_every) == (9, 5, 0)

@@ -47,13 +47,13 @@ def test_a_stage_whose_inputs_are_missing_is_refused_also_dry(tiny, tmp_path, ca
 def test_a_dry_run_that_fails_leaves_nothing_either(tiny, tmp_path, capsys, monkeypatch):
     before = tree(tmp_path)
     (tmp_path / "runs" / "tiny" / f"{dry.PREFIX}of-a-killed-one").mkdir()
-    restore = dry.checkpoint.restore
+    restore = dry.restore
 
     def broken(stage, folder):
         restore(stage, folder)
         stage.networks["teacher"].patch_embedding.bias.data[1] += 1e-3
 
-    monkeypatch.setattr(dry.checkpoint, "restore", broken)
+    monkeypatch.setattr(dry, "restore", broken)
     assert main(["fit", *tiny, "--stage", "teacher", "--dry-run", *SMALL]) == 2
     error = capsys.readouterr().err
     assert "must read back as it was written, its 'engine.teacher.master.1' does not" in error
