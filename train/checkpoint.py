@@ -49,6 +49,10 @@ class CheckpointError(UserError):
     """A checkpoint does not fit this run, is damaged, or cannot be written."""
 
 
+class WriteError(CheckpointError):
+    """A checkpoint could not be written; all ranks raise it together."""
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """The exact state of one rank between two steps.
@@ -128,7 +132,7 @@ def write(snapshot: Snapshot, shelf: Shelf) -> Path:
         The new folder. If one of the same step exists it is kept as it is.
 
     Raises:
-        CheckpointError: If a rank cannot write; checkpoints that exist stay as they are.
+        WriteError: If a rank cannot write; checkpoints that exist stay as they are.
     """
     final = shelf.folder / f"step-{snapshot.step:08d}"
     part = final.with_name(final.name + PART)
@@ -186,7 +190,7 @@ def _together(
         The results by rank.
 
     Raises:
-        CheckpointError: On all ranks, if it fails on any.
+        WriteError: On all ranks, if it fails on any.
     """
     outcome: Any = None
     failure = ""
@@ -200,7 +204,7 @@ def _together(
         if rank() == 0:
             shutil.rmtree(part, ignore_errors=True)
         full = any("No space left" in failure for failure in failures)
-        raise CheckpointError(
+        raise WriteError(
             f"a checkpoint must fit below {part.parent}, it could not be written "
             f"({'; '.join(failures)}); {'free space on that disk' if full else 'see to the cause'} "
             "and start again: training continues from the newest whole checkpoint"

@@ -9,6 +9,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
+from models.block import Block
+
 aten = torch.ops.aten
 
 
@@ -70,14 +72,14 @@ class FlopCounter(TorchDispatchMode):
 
 @contextmanager
 def count_flops(modules: Iterable[nn.Module]) -> Iterator[FlopCounter]:
-    """Count what runs in the block; compiled modules run as they were written meanwhile.
+    """Count what runs in the block; compiled layers run as they were written meanwhile.
 
     Args:
         modules: All that may be compiled.
     """
     with FlopCounter() as counter:
-        if any(module._compiled_call_impl is not None for module in modules):
-            # Or else torch would see a counter at work and never compile these modules again.
+        if any(isinstance(module, Block) and module.is_compiled for module in modules):
+            # Or else torch would see a counter at work and never compile these layers again.
             with torch.compiler.set_stance("force_eager"):
                 yield counter
         else:

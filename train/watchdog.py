@@ -24,6 +24,7 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch.distributed import DistError, TCPStore
 
 from configs.schema import TrainerConfig
+from train.checkpoint import WriteError
 from train.health import (
     BEAT_SECONDS,
     BROKEN,
@@ -39,9 +40,12 @@ from train.health import (
     standing,
 )
 from train.ranks import gather_objects, is_distributed, rank
+from train.stage import NonFiniteError
 from train.world import NONE, launched_world
 
 VERDICT = "verdict"
+TOGETHER = (NonFiniteError, WriteError)
+"""Errors that all ranks raise at the same place, after they have agreed; no rank tells another."""
 
 _children: list[subprocess.Popen] = []
 """Ranks that Lightning started from this process; later stages of the run have the same."""
@@ -77,8 +81,9 @@ class Watchdog(L.Callback):
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if not self._threads:
             return
-        if error is not None:
+        if error is not None and not isinstance(error, TOGETHER):
             self._fail(error)
+            _kill_ranks()
         elif rank() == 0:
             self._publish({"phase": DONE})
             # The store is here, so this rank leaves last; the judge bounds the wait.
@@ -118,8 +123,8 @@ class Watchdog(L.Callback):
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Tell the others at once, before anything is closed."""
-        if self._threads:
+        """Tell the others at once, before anything is closed, unless they know by themselves."""
+        if self._threads and not isinstance(exception, TOGETHER):
             self._fail(exception)
 
     def _open_store(self, address: str) -> dict[int, Report]:
@@ -148,7 +153,6 @@ class Watchdog(L.Callback):
             time.sleep(min(self.config.silence_seconds, LOST_SECONDS) + 4 * self._beat)
         self._publish(outcome_of(error))
         time.sleep(3 * self._beat)
-        _kill_children()
 
     def _publish(self, outcome: dict[str, Any]) -> None:
         """Let the courier carry `outcome` to the store now."""
@@ -160,7 +164,8 @@ class Watchdog(L.Callback):
     def _carry(self) -> None:
         """The courier: bring the own report to the store, fetch those to look at."""
         numbers, beat = list(self._reports), 0
-        while not self._over.is_set():
+        # What has been published last is carried in any case, however long the store takes.
+        while not (self._over.is_set() and self._published.is_set()):
             self._wake.wait(self._beat)
             self._wake.clear()
             outcome, beat = self._outcome, beat + 1
@@ -215,7 +220,9 @@ class Watchdog(L.Callback):
         sys.stderr.flush()
         if rank() == 0:
             time.sleep(3 * self._beat)  # the others read the verdict meanwhile
-        _kill_children()
+        _kill_ranks()
+        for worker in multiprocessing.active_children():
+            worker.kill()
         if self._verdict is None and self._parent == os.getppid():
             # Rank 0 started this process and answers no more; stopped, it would stay for ever.
             os.kill(self._parent, signal.SIGKILL)
@@ -234,9 +241,7 @@ def _adopt_children(trainer: L.Trainer) -> None:
         launcher.procs.clear()
 
 
-def _kill_children() -> None:
-    """Kill the ranks and loader workers that this process has started, stopped ones included."""
+def _kill_ranks() -> None:
+    """Kill the ranks that this process has started, stopped ones included."""
     for rank_process in _children:
         rank_process.kill()
-    for worker in multiprocessing.active_children():
-        worker.kill()

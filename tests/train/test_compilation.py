@@ -97,6 +97,19 @@ def test_traced_layers_are_whole_and_few_also_in_rollouts_with_a_cache(monkeypat
     assert 4 < fresh_compiler["stats"]["unique_graphs"] <= 16
 
 
+def test_a_step_that_counts_leaves_layers_to_be_compiled_by_the_next(monkeypatch, fresh_compiler):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr("train.compilation.require_compiler", lambda device: None)
+    stage = build("teacher")
+    compile_layers([stage.networks], device=CPU)
+    for step in range(2):
+        with stage.speed.step(batch()):
+            stage.update(batch(), step)
+        assert stage.speed.has_counted == (step == 0)
+        assert bool(fresh_compiler["stats"]["unique_graphs"]) == (step == 1)
+    assert stage.speed.latest["speed/flops"] > 0
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler, found no g++ and no CXX")

@@ -1,11 +1,15 @@
 """A loss or gradient that is not finite stops training before anything is updated or saved."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from configs.errors import UserError
+from tests.train.conftest import ROOT
 from tests.train.toy import arrange, toy_config, toy_stage, train
 from train.checkpoint import newest_whole
 from train.failures import newest_failure, read_failure
@@ -92,3 +96,19 @@ def test_one_rank_of_two_with_an_infinite_loss_stops_both(tmp_path, run_toy):
     assert second["loss"] == "inf"
     assert (first["seeds"], second["seeds"]) == ([16, 17, 18, 19], [20, 21, 22, 23])
     assert newest_whole(tmp_path / "checkpoints").name == "step-00000002"
+
+
+def test_the_record_is_written_also_where_ranks_have_loaders_and_a_parent(tmp_path, monkeypatch):
+    """Nobody kills the ranks and loaders of a failing run before its record is there."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    words = ["--strategy", "ddp", "--devices", "2", "--event", "nan:2", "--workers", "1"]
+    command = [sys.executable, "-m", "tests.train.toy", str(tmp_path), *words]
+    guarded = ["timeout", "-k", "5", "100", *command]
+    own = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(guarded, env=own, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "names the samples; take the step apart" in done.stderr
+    assert "DataLoader worker" not in done.stderr
+    written = json.loads((tmp_path / "failure-00000003.json").read_text())
+    assert len(written["ranks"]) == 2

@@ -5,7 +5,6 @@ import time
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from models.attention import block_causal_mask
@@ -104,29 +103,6 @@ def test_counting_changes_no_bit_of_a_training_and_happens_once_per_kind(tmp_pat
     plain = final_weights(train(tmp_path / "plain", config, stage))
     weights = final_weights(counted)
     assert all(torch.equal(weights[key], plain[key]) for key in plain)
-
-
-def test_a_module_is_counted_before_it_is_compiled_and_compiled_after():
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = nn.Linear(3, 4)
-
-        def forward(self, x):
-            return self.linear(x) + 1
-
-    compiled, network = [], Net()
-
-    def backend(graph, inputs):
-        compiled.append(graph)
-        return graph.forward
-
-    network.compile(backend=backend)
-    with count_flops(network.modules()) as counter:
-        network(torch.ones(2, 3))
-    assert (counter.total, len(compiled)) == (2 * 2 * 3 * 4, 0)
-    network(torch.ones(2, 3))
-    assert len(compiled) == 1
 
 
 def test_parts_of_a_step_add_up_to_its_time(tmp_path, monkeypatch):

@@ -21,7 +21,14 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
 from configs.errors import UserError
-from configs.schema import OptimConfig, RunConfig, StageConfig, TrackingConfig, TrainerConfig
+from configs.schema import (
+    DataConfig,
+    OptimConfig,
+    RunConfig,
+    StageConfig,
+    TrackingConfig,
+    TrainerConfig,
+)
 from train import checkpoint
 from train.failures import TrainingFailure
 from train.fit import Interrupted, fit
@@ -62,12 +69,13 @@ class ToyBatches(IterableDataset):
 
 
 class ToyData(L.LightningDataModule):
-    def __init__(self, *, batch_size: int, num_batches: int):
+    def __init__(self, *, batch_size: int, num_batches: int, workers: int = 0):
         super().__init__()
         self.start_batch, self.num_batches, self.batch_size = 0, num_batches, batch_size
+        self.workers = workers
 
     def train_dataloader(self):
-        return DataLoader(ToyBatches(self), batch_size=None)
+        return DataLoader(ToyBatches(self), batch_size=None, num_workers=self.workers)
 
 
 def toy_network(seed: int) -> nn.Module:
@@ -165,8 +173,11 @@ def toy_config(**changes) -> RunConfig:
         keep=changes.pop("keep", 2),
     )
     tracking = changes.pop("tracking", TrackingConfig(wandb="off"))
+    data = DataConfig(workers=changes.pop("workers", 0))
     trainer = TrainerConfig(accelerator="cpu", threads=1, **changes)
-    return RunConfig(name="toy", stages={"toy": stage}, trainer=trainer, tracking=tracking)
+    return RunConfig(
+        name="toy", stages={"toy": stage}, data=data, trainer=trainer, tracking=tracking
+    )
 
 
 def toy_stage(config: RunConfig, kind: type[Stage] = ToyStage) -> Stage:
@@ -182,7 +193,9 @@ def train(folder: Path, config: RunConfig, stage: Stage | None = None, **options
     """Train to the end and return the stage."""
     settings = config.stages["toy"]
     stage = toy_stage(config) if stage is None else stage
-    data = ToyData(batch_size=settings.batch, num_batches=settings.steps)
+    data = ToyData(
+        batch_size=settings.batch, num_batches=settings.steps, workers=config.data.workers
+    )
     fit(stage, data, folder=folder, config=config, stage_name="toy", **options)
     return stage
 
@@ -213,6 +226,7 @@ def main(words: list[str]) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     numbers = {"steps": 6, "zero_stage": 2, "devices": 0, "batch": 4, "micro_batch": 0, "keep": 2}
+    numbers["workers"] = 0
     for name, default in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     for name, default in (("clip", 1.0), ("hang_seconds", 60.0), ("silence_seconds", 60.0)):
