@@ -219,7 +219,7 @@ class StageConfig:
     keep: int = 2
     """Newest checkpoints that stay on disk."""
     keep_every: int = 0
-    """Checkpoints of steps that are multiples of this stay, too; 0 = none."""
+    """The first checkpoint at or behind every multiple of this stays for good; 0 = none."""
     sample_every: int = 0
     """Steps between sample videos; 0 = none."""
     log_every: int = 10

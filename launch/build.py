@@ -264,6 +264,7 @@ def run_stage(config: RunConfig, stage_name: str) -> None:
     exports = load_inputs(config, stage_name)
     stage = train_stage(config, stage_name, exports)
     export_stage(config, stage_name, stage, exports)
+    stage.close()
 
 
 def train_stage(

@@ -238,6 +238,7 @@ def try_stage(config: RunConfig, name: str) -> None:
     check_checkpoint(stage, folder / CHECKPOINTS)
     watch.lap("checkpoint read back and compared")
     export_stage(config, name, stage, inputs)
+    stage.close()
     barrier()  # the next stage reads it
     if is_leader():
         load_export(folder)

@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
@@ -14,11 +15,10 @@ from lightning.pytorch.loggers import WandbLogger
 from tqdm import tqdm
 
 from configs.schema import TrackingConfig
-from train import checkpoint
 from train.checkpoint import Shelf
 from train.randomness import derive_seed, seed_generators
 from train.ranks import host_group, on_any_rank, rank
-from train.restore import restore, restore_random
+from train.restore import agree_on_newest, restore, restore_random
 from train.stage import Stage
 from train.tracking import MACHINE_KEYS, JsonlLogger, RunInfo, build_wandb, close_wandb
 from train.writer import CheckpointWriter
@@ -69,24 +69,29 @@ class Checkpoints(L.Callback):
     """Restores at the start; writes every so many steps, at the end, and on a stop signal.
 
     Attributes:
-        stopped: Whether a signal ended training before its last step.
+        stopped: Whether a rank was asked to stop.
     """
 
-    def __init__(self, shelf: Shelf, *, every: int, signals: StopSignals) -> None:
+    def __init__(
+        self, shelf: Shelf, *, every: int, signals: StopSignals, patience: timedelta
+    ) -> None:
         self.shelf = shelf
         self.every = every
         self.signals = signals
+        self.patience = patience
         self.stopped = False
         self._writer = CheckpointWriter(shelf)
         self._resumed: Path | None = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Continue from the newest whole checkpoint; the engines are built by now."""
+        """Continue from the newest whole checkpoint; engines are built by now, no loader is."""
         assert isinstance(pl_module, Stage)
-        self._writer = CheckpointWriter(replace(self.shelf, group=host_group()))
-        self._resumed = checkpoint.newest_whole(self.shelf.folder)
+        self._writer = CheckpointWriter(replace(self.shelf, group=host_group(self.patience)))
+        self._resumed = agree_on_newest(self.shelf.folder)
         if self._resumed is not None:
             restore(pl_module, self._resumed)
+        trainer.limit_train_batches = pl_module.config.steps - pl_module.completed
+        trainer.datamodule.start_batch = pl_module.completed  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the signals over from Lightning, whose own handlers run collectives."""
@@ -123,9 +128,14 @@ class Checkpoints(L.Callback):
             self._write(trainer, pl_module)
         if stop or finished:
             self._writer.wait()
-        if stop and not finished:
+        if stop:
             self.stopped = True
             trainer.should_stop = True
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """A request that came after the last step counts, too."""
+        (late,) = on_any_rank(self.signals.received is not None, device=pl_module.device)
+        self.stopped = self.stopped or late
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException

@@ -13,6 +13,7 @@ A folder without COMPLETE.json, or with a name that ends in `.part`, is not a ch
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -36,6 +37,8 @@ from train.ranks import gather_objects, rank, world_size
 
 if TYPE_CHECKING:
     from train.stage import Stage
+
+log = logging.getLogger(__name__)
 
 MARKER = "COMPLETE.json"
 POINTER = "newest"
@@ -144,7 +147,8 @@ def write(snapshot: Snapshot, shelf: Shelf) -> Path:
         return final
     ranks = together(lambda: _write_rank(snapshot, part))
     together(lambda: _finish(snapshot, ranks, final), by_all=False)
-    together(lambda: _prune(shelf), by_all=False)
+    if rank() == 0:
+        _tidy(shelf, final)
     return final
 
 
@@ -252,15 +256,28 @@ def _finish(snapshot: Snapshot, ranks: list[dict[str, Any]], final: Path) -> Non
     _fsync(part)
     part.rename(final)
     _fsync(final.parent)
-    temporary = final.parent / f"{POINTER}{PART}"
-    temporary.write_text(final.name + "\n")
-    temporary.replace(final.parent / POINTER)
+    _fsync(final.parent.parent)
+
+
+def _tidy(shelf: Shelf, newest: Path) -> None:
+    """Name the newest checkpoint and remove what shall not stay; it is whole without that.
+
+    A checkpoint stays for good if it is the first at or behind a multiple of `keep_every`.
+    """
+    try:
+        temporary = shelf.folder / f"{POINTER}{PART}"
+        temporary.write_text(newest.name + "\n")
+        temporary.replace(shelf.folder / POINTER)
+        _prune(shelf)
+    except OSError as error:
+        log.warning("%s is whole, but old checkpoints could not be removed (%s)", newest, error)
 
 
 def _prune(shelf: Shelf) -> None:
-    """Remove the whole checkpoints that shall not stay, and what killed runs left behind."""
-    for old in _whole(shelf.folder)[: -shelf.keep]:
-        if shelf.keep_every and step_of(old) % shelf.keep_every == 0:
+    whole, period = _whole(shelf.folder), 0
+    for old in whole[: -shelf.keep]:
+        if shelf.keep_every and step_of(old) // shelf.keep_every > period:
+            period = step_of(old) // shelf.keep_every
             continue
         # Under the unfinished name first: killed in between, nothing half looks whole.
         old.rename(old.with_name(old.name + PART))

@@ -135,6 +135,10 @@ class Engine(ABC):
     def _masters_changed(self) -> None:
         """Carry new values of the masters over to the parameters of the network."""
 
+    def close(self) -> None:
+        """Let go of everything outside this object; the engine is of no use afterwards."""
+        return
+
     def step(self, lr: float) -> float:
         """Clip by norm, one step of AdamW, clear the gradients, update the moving average.
 
@@ -208,11 +212,15 @@ class Engine(ABC):
             own = self.optimizer.state[master]
             own.clear()
             if "exp_avg.0" in state:
-                # AdamW counts its steps in a tensor on the CPU.
-                own["step"] = state[f"step.{i}"].reshape(()).clone()
+                own["step"] = state[f"step.{i}"].reshape(()).clone().to(self._step_device(master))
                 for kind in ("exp_avg", "exp_avg_sq"):
                     own[kind] = state[f"{kind}.{i}"].view_as(master).clone().to(master.device)
         self._masters_changed()
+
+    def _step_device(self, master: Tensor) -> torch.device:
+        """Where AdamW counts the steps of a master: fused kernels want the number beside it."""
+        is_fused = bool(self.optimizer.param_groups[0].get("fused"))
+        return master.device if is_fused else torch.device("cpu")
 
     def held_tensors(self) -> dict[str, Tensor]:
         """Masters, moving average and buffers of this rank, by their keys in `shard_state`."""

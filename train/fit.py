@@ -26,7 +26,7 @@ from train.callbacks import Checkpoints, Progress, Records, StopSignals
 from train.failures import Failures
 from train.samples import SampleVideos
 from train.stage import NonFiniteError, Stage
-from train.strategy import build_strategy, uses_gpu
+from train.strategy import build_strategy, patience, uses_gpu
 from train.tracking import JsonlLogger, RunInfo
 from train.versions import code_version
 from train.watchdog import Watchdog
@@ -94,7 +94,8 @@ def fit(
 
     Args:
         stage: Untouched networks; a checkpoint replaces all their weights.
-        datamodule: Yields batches number `start_batch` to the last; `start_batch` is set here.
+        datamodule: Yields batches number `start_batch` to the last; `start_batch` is set when
+            ranks have agreed on the checkpoint.
         folder: Of the stage; checkpoints, metrics and samples go below it.
         config: Of the run.
         stage_name: Name of the stage in the plan.
@@ -113,12 +114,14 @@ def fit(
     prepare_process(config)
     attach_config(stage, config, stage_name, input_hashes=input_hashes or {})
     stage.speed.peak_tflops = config.trainer.peak_tflops
-    newest = checkpoint.newest_whole(folder / CHECKPOINTS)
-    done = checkpoint.step_of(newest) if newest is not None else 0
-    datamodule.start_batch = done  # type: ignore[attr-defined]
     signals = StopSignals()
     shelf = checkpoint.Shelf(folder / CHECKPOINTS, stage.config.keep, stage.config.keep_every)
-    checkpoints = Checkpoints(shelf, every=stage.config.checkpoint_every, signals=signals)
+    checkpoints = Checkpoints(
+        shelf,
+        every=stage.config.checkpoint_every,
+        signals=signals,
+        patience=patience(config.trainer),
+    )
     watchdog = Watchdog(config.trainer)
     failures = Failures(folder, checkpoints=folder / CHECKPOINTS)
     ours: list[L.Callback] = [watchdog]
@@ -130,9 +133,7 @@ def fit(
     # failure names the checkpoint that was still being written.
     ours += [checkpoints, failures, Records(config.tracking, about)]
     ours += [Alarms(config.tracking), Progress(stage_name)]
-    trainer = build_trainer(
-        config, folder, [*callbacks, *ours], num_batches=stage.config.steps - done
-    )
+    trainer = build_trainer(config, folder, [*callbacks, *ours])
     try:
         with signals, watchdog:
             trainer.fit(stage, datamodule=datamodule)
@@ -153,9 +154,7 @@ def attach_config(
     stage.identity["inputs"] = dict(input_hashes)
 
 
-def build_trainer(
-    config: RunConfig, folder: Path, callbacks: list[L.Callback], *, num_batches: int
-) -> L.Trainer:
+def build_trainer(config: RunConfig, folder: Path, callbacks: list[L.Callback]) -> L.Trainer:
     """A Lightning trainer that does nothing but loop: all else is in `callbacks`."""
     world = resolve_world(config.trainer)
     return L.Trainer(
@@ -166,7 +165,6 @@ def build_trainer(
         plugins=[build_environment(world)],
         precision="32-true",  # bfloat16 is autocast, in Stage
         max_epochs=1,
-        limit_train_batches=num_batches,
         num_sanity_val_steps=0,
         logger=[JsonlLogger(folder / METRICS)],
         callbacks=callbacks,

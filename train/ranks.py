@@ -1,5 +1,6 @@
 """The few agreements that ranks make; every function works without a process group, too."""
 
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -27,12 +28,15 @@ def barrier() -> None:
         dist.barrier()
 
 
-def host_group() -> Any:
+def host_group(timeout: timedelta) -> Any:
     """A group of all ranks that talks from host to host, for use in a thread of its own.
 
     All ranks must call this together. None where there is no process group.
+
+    Args:
+        timeout: Longest wait of a rank for another.
     """
-    return dist.new_group(backend="gloo") if is_distributed() else None
+    return dist.new_group(backend="gloo", timeout=timeout) if is_distributed() else None
 
 
 def on_any_rank(*flags: bool, device: torch.device | str = "cpu") -> tuple[bool, ...]:

@@ -5,6 +5,7 @@ which parameter each of them holds; a rank gathers the elements of its own maste
 """
 
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +15,37 @@ import torch
 from torch import Tensor
 
 from configs.load import config_hash
-from train.checkpoint import LAYOUTS, MARKER, CheckpointError, read_marker, sha256
+from train.checkpoint import LAYOUTS, MARKER, CheckpointError, newest_whole, read_marker, sha256
 from train.engine import EMA_VERSION, Engine, Piece
 from train.randomness import GENERATORS, derive_seed, seed_generators, set_generator_states
 from train.ranks import gather_objects, rank, world_size
 
 if TYPE_CHECKING:
     from train.stage import Stage
+
+VISIBLE_SECONDS = 120.0
+"""After which a node must have learned of a folder that another one has made."""
+
+
+def agree_on_newest(folder: Path) -> Path | None:
+    """The newest whole checkpoint below `folder` as rank 0 sees it; all ranks call this together.
+
+    Raises:
+        CheckpointError: If this rank does not come to see it: the folder is not shared.
+    """
+    own = newest_whole(folder)
+    name = gather_objects(None if own is None else own.name)[0]
+    if name is None:
+        return None
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    while not (folder / name / MARKER).is_file():
+        if time.monotonic() > deadline:
+            raise CheckpointError(
+                f"rank {rank()} must see the checkpoint that rank 0 sees, found no {folder / name} "
+                f"for {VISIBLE_SECONDS:.0f} s; give a runs_dir that all nodes share"
+            )
+        time.sleep(0.2)
+    return folder / name
 
 
 def restore(stage: "Stage", folder: Path) -> int:

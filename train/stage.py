@@ -101,6 +101,8 @@ class Stage(L.LightningModule):
         self.frozen = nn.ModuleDict(dict(frozen or {}))
         self.frozen.requires_grad_(False).eval()
         self.engines: dict[str, Engine] = {}
+        self.closing: list[Callable[[], None]] = []
+        """What a strategy wants done at the end, besides closing the engines."""
         self.completed = 0
         self.counters: dict[str, int] = {}
         self.metrics = MetricWindow()
@@ -146,6 +148,12 @@ class Stage(L.LightningModule):
             for name, network in self.networks.items()
         }
         return specs | {name: EngineSpec(network, None) for name, network in self.frozen.items()}
+
+    def close(self) -> None:
+        """Let go of engines and of what a strategy has built around the networks."""
+        for action in [*(engine.close for engine in self.engines.values()), *self.closing]:
+            action()
+        self.engines, self.closing = {}, []
 
     def engine(self, name: str) -> Engine:
         """The engine of a trainable network."""

@@ -10,6 +10,7 @@ import logging
 import os
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -108,7 +109,11 @@ class DeepSpeedEngines(DeepSpeedStrategy):
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "zero_optimization": zero,
-            "torch_autocast": {"enabled": settings.precision == "bf16", "dtype": "bfloat16"},
+            "torch_autocast": {
+                "enabled": settings.precision == "bf16",
+                "dtype": "bfloat16",
+                "lower_precision_safe_modules": [],  # what ranks exchange stays float32
+            },
         }
         super().__init__(config=config, logging_level=logging.WARNING, timeout=patience(settings))
         self._settings = settings
@@ -143,12 +148,15 @@ class DeepSpeedEngines(DeepSpeedStrategy):
         stage = _bare_stage(self)
         assert self.accelerator is not None
         self.accelerator.setup(trainer)
-        stage.to(self.root_device)
         for name, spec in stage.engine_specs().items():
+            # One after the other: under ZeRO-3 only one network is ever whole on the device.
+            spec.module.to(self.root_device)
             if spec.optim is not None:
                 stage.engines[name] = self._build_engine(name, spec.module, spec.optim)
             elif self._settings.zero_stage == 3 and self._is_large(spec.module):
-                self._start(spec.module, self._config(clip=0.0), None)
+                engine = self._start(spec.module, self._config(clip=0.0), None)
+                stage.closing.append(partial(_destroy, engine))
+        stage.to(self.root_device)
         self.barrier()
 
     def teardown(self) -> None:
@@ -212,6 +220,10 @@ class WholeZero(Engine):
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss`; ranks average theirs."""
         self._engine.backward(loss)
+
+    def close(self) -> None:
+        """Take DeepSpeed's hooks off the parameters; they would keep everything alive."""
+        _destroy(self._engine)
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
         """DeepSpeed counts micro-batches by itself only when it is asked to."""
@@ -317,6 +329,15 @@ class ShardedZero(SplitZero):
             return {}
         state |= {key: host_copy(buffer) for key, buffer in self._buffers()}
         return {key: state[key] for key in self.module.state_dict()}
+
+
+def _destroy(engine: Any) -> None:
+    """Free what a DeepSpeed engine holds, and what it leaves in a list of its module."""
+    from deepspeed.runtime.zero import parameter_offload
+
+    stack = parameter_offload.FWD_MODULE_STACK
+    stack[:] = [module for module in stack if module is not engine.module]
+    engine.destroy()
 
 
 def _bare_stage(strategy: Strategy) -> Stage:

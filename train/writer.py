@@ -2,7 +2,7 @@
 
 import threading
 
-from train.checkpoint import CheckpointError, Shelf, Snapshot, write
+from train.checkpoint import Shelf, Snapshot, write
 
 
 class CheckpointWriter:
@@ -15,7 +15,7 @@ class CheckpointWriter:
     def __init__(self, shelf: Shelf) -> None:
         self.shelf = shelf
         self._thread: threading.Thread | None = None
-        self._error: CheckpointError | RuntimeError | None = None
+        self._error: BaseException | None = None
 
     @property
     def has_failed(self) -> bool:
@@ -26,7 +26,7 @@ class CheckpointWriter:
         """Write `snapshot` as soon as the one before is written.
 
         Raises:
-            CheckpointError: If the one before could not be written.
+            CheckpointError: If the one before could not be written; nothing more is then.
         """
         self.wait()
         # A thread that cannot end, as another rank is gone, must not keep the process alive.
@@ -43,7 +43,7 @@ class CheckpointWriter:
 
         Raises:
             CheckpointError: If the last checkpoint could not be written.
-            RuntimeError: If another rank was gone.
+            BaseException: Whatever else has ended the thread.
         """
         self.join()
         if self._error is not None:
@@ -52,5 +52,5 @@ class CheckpointWriter:
     def _write(self, snapshot: Snapshot) -> None:
         try:
             write(snapshot, self.shelf)
-        except (CheckpointError, RuntimeError) as error:  # the latter if another rank is gone
+        except BaseException as error:  # noqa: BLE001  `wait` raises it in the main thread
             self._error = error

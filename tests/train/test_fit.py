@@ -68,9 +68,34 @@ def test_a_second_control_c_acts_at_once():
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_signal_in_the_last_step_is_a_finished_training(tmp_path):
+def test_a_signal_in_the_last_step_stops_what_would_follow(tmp_path):
     config = toy_config(steps=3)
-    assert train(tmp_path, config, stage_that(config, send(signal.SIGTERM), at=2)).completed == 3
+    with pytest.raises(Interrupted) as stop:
+        train(tmp_path, config, stage_that(config, send(signal.SIGTERM), at=2))
+    assert stop.value.step == 3
+    stage = toy_stage(config)
+    stage.at_update = lambda step: pytest.fail(f"step {step} was repeated")
+    assert train(tmp_path, config, stage).completed == 3
+
+
+def test_a_thread_that_cannot_write_ends_the_training_whatever_the_reason(tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr("train.checkpoint._write_rank", fail)
+    with pytest.raises(MemoryError, match="no room"):
+        train(tmp_path, toy_config(steps=4))
+
+
+def test_old_checkpoints_that_cannot_be_removed_are_told_and_do_no_harm(
+    tmp_path, monkeypatch, caplog
+):
+    def fail(shelf):
+        raise OSError("Directory not empty")
+
+    monkeypatch.setattr("train.checkpoint._prune", fail)
+    assert train(tmp_path, toy_config(steps=4)).completed == 4
+    assert "is whole, but old checkpoints could not be removed (Directory" in caplog.text
 
 
 def test_signal_within_a_stream_saves_the_start_of_the_stream(tmp_path):
