@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
-from configs.load import nearest
+from configs.load import load_config, nearest
 from configs.schema import RunConfig
 from launch import benchmark
 from launch.measured_train import SHAPES, measured_config, train_measured, write_latents
@@ -74,6 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
       in the same process;
     - `checkpoint_stall`: seconds that the main thread stands still for a checkpoint (copies of
       the state at the start of a stream among them), and the same in steps;
+    - `layers` of the networks, and `layers_of_plan`, what they would be without `--layers`;
     - `speedup` and `efficiency` over the first number of ranks, in tokens per second.
 
     On a CPU, `threads` are shared out to the ranks, so that all numbers of ranks have as many.
@@ -123,6 +124,8 @@ def _measure_ranks(arguments: argparse.Namespace, ranks: int) -> dict[str, Any]:
 
 
 def _line(row: dict[str, Any]) -> str:
+    layers = f"{row['layers']} of " if row["layers"] != row["layers_of_plan"] else ""
+    layers += f"{row['layers_of_plan']} layers"
     speed = f"{row['tflops_per_second']:.3g} TFLOP/s"
     if row["mfu"] is not None:
         speed += f", {row['mfu']:.1%} of the peak"
@@ -131,9 +134,9 @@ def _line(row: dict[str, Any]) -> str:
     parts = ", ".join(f"{name} {share:.0%}" for name, share in row["share"].items() if share)
     stall = row["checkpoint_stall"]
     return (
-        f"{row['seconds_per_step']:.3g} s per step, {row['tokens_per_second']:.0f} tokens/s, "
-        f"{speed}; {parts}; a checkpoint stops training for {stall['seconds']:.3g} s, "
-        f"{stall['steps']:.2f} steps"
+        f"{layers}: {row['seconds_per_step']:.3g} s per step, "
+        f"{row['tokens_per_second']:.0f} tokens/s, {speed}; {parts}; "
+        f"a checkpoint stops training for {stall['seconds']:.3g} s, {stall['steps']:.2f} steps"
     )
 
 
@@ -172,7 +175,7 @@ def _check(arguments: argparse.Namespace) -> list[int]:
 
 def _config(arguments: argparse.Namespace, ranks: int) -> RunConfig:
     """Of a measurement; its `runs_dir` lies beside the record while it runs."""
-    words = list(arguments.config or SHAPES[arguments.shape or "demo"])
+    words = _plan(arguments)
     if arguments.layers is not None:
         words.append(f"model.num_layers={arguments.layers}")
     strategy = arguments.strategy or ("single" if ranks == 1 else "deepspeed")
@@ -192,6 +195,10 @@ def _config(arguments: argparse.Namespace, ranks: int) -> RunConfig:
         num_steps=arguments.warmup + arguments.repeats,
         checkpoint_step=arguments.warmup + arguments.repeats // 2,
     )
+
+
+def _plan(arguments: argparse.Namespace) -> list[str]:
+    return list(arguments.config or SHAPES[arguments.shape or "demo"])
 
 
 def _part(arguments: argparse.Namespace) -> Path:
@@ -234,6 +241,7 @@ def _measure(arguments: argparse.Namespace, ranks: int) -> None:
         "precision": config.trainer.precision,
         "threads_per_rank": config.trainer.threads,
         "layers": config.model.num_layers,
+        "layers_of_plan": load_config(_plan(arguments)).model.num_layers,
         "width": config.model.num_heads * config.model.head_dim,
         "counted": COUNTED,
         "packages": {name: package_version(name) for name in ("lightning", "deepspeed")},

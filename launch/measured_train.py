@@ -37,6 +37,7 @@ SHAPES: dict[str, list[str]] = {
         "codec.stride=8",
         "text.dim=4096",
         "text.length=512",
+        "model.num_layers=30",
         "model.num_heads=12",
         "model.head_dim=128",
         "model.ffn_dim=8960",

@@ -30,6 +30,7 @@ def threads():
 def test_the_record_of_a_stage_adds_up_and_nothing_else_is_left(tmp_path, capsys, stage):
     out = tmp_path / "train.json"
     command = [*WORDS, "--stage", stage, "--steps", "4", "--warmup", "2", "--out", str(out)]
+    command += ["--layers", "1"] if stage == "streaming" else []
     assert main(command) == 0
     (row,) = json.loads(out.read_text())
     assert [path.name for path in tmp_path.iterdir()] == ["train.json"]
@@ -49,7 +50,10 @@ def test_the_record_of_a_stage_adds_up_and_nothing_else_is_left(tmp_path, capsys
     tokens = batch * 12 * 8 / row["mean_seconds_per_step"]  # 12 frames of 2 x 4 tokens
     assert math.isclose(row["tokens_per_second"], tokens)
     assert row["peak_memory_gb"] > 0.1
-    assert "s per step" in capsys.readouterr().out
+    layers = (row["layers"], row["layers_of_plan"])
+    assert layers == {"salience": (2, 2), "streaming": (1, 2)}[stage]
+    shown = {"salience": "\n2 layers: ", "streaming": "\n1 of 2 layers: "}[stage]
+    assert f"{shown}{row['seconds_per_step']:.3g} s per step" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("threads")
@@ -116,6 +120,7 @@ def test_every_shape_is_a_plan_whose_stages_can_be_measured(shape):
     assert (stage.steps, stage.checkpoint_every, stage.sample_every) == (9, 5, 0)
     assert config.tracking.wandb == "off"
     if shape == "1.3b":
+        assert config.model.num_layers == 30
         tokens = stage.frames * config.frame_seq_len
         width = config.model.num_heads * config.model.head_dim
         assert (tokens, width, config.model.ffn_dim) == (32760, 1536, 8960)
