@@ -164,6 +164,16 @@ def test_parts_of_a_step_add_up_to_its_time(tmp_path, monkeypatch):
     assert {"step", "loss/critic"} <= row.keys() - set(machine)
 
 
+def test_bringing_the_rows_to_the_disk_is_part_of_a_checkpoint(tmp_path, monkeypatch):
+    stage = toy_stage(toy_config(steps=2, checkpoint_every=1))
+    parts = []
+    monkeypatch.setattr(
+        "train.tracking.JsonlLogger.save", lambda logger: parts.append(stage.spans.current)
+    )
+    train(tmp_path, toy_config(steps=2, checkpoint_every=1), stage)
+    assert parts.count("checkpoint") == 2  # Lightning does it again at the end
+
+
 def test_an_inner_part_interrupts_the_outer(monkeypatch):
     clock = iter([0.0, 1.0, 3.0, 7.0, 15.0, 31.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
