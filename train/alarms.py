@@ -15,12 +15,11 @@ from operator import itemgetter
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.loggers import WandbLogger
 
 from configs.schema import TrackingConfig
 from train.ranks import rank
 from train.stage import Stage
-from train.tracking import JsonlLogger
+from train.tracking import JsonlLogger, alert
 
 log = logging.getLogger(__name__)
 
@@ -111,14 +110,10 @@ class Alarms(L.Callback):
         self._rows[-1] = {**self._rows[-1], **marks}
         for name, alarm in alarms.items():
             if f"{ALARM}{name}" not in previous:
-                self._tell(alarm.text(step), trainer)
+                text = alarm.text(step)
+                log.warning(text)
+                alert(trainer.loggers, title="losses diverge", text=text)
         return marks
-
-    def _tell(self, text: str, trainer: L.Trainer) -> None:
-        log.warning(text)
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.experiment.alert(title="losses diverge", text=text)
 
 
 def _window_means(rows: Sequence[Sequence[float]], length: int) -> list[list[float]]:

@@ -21,7 +21,6 @@ from train.tracking import (
     JsonlLogger,
     MetricWindow,
     RunInfo,
-    alert,
     build_wandb,
     close_wandb,
     log_export,
@@ -162,12 +161,23 @@ def test_an_export_goes_to_the_run_of_its_stage_with_its_files(without_key, tmp_
     assert run.id == (tmp_path / tracking.RUN_ID_FILE).read_text()
 
 
-def test_an_alert_reaches_the_mirror(without_key, tmp_path):
-    logger = build_wandb(TrackingConfig(), info(tmp_path))
-    alert([JsonlLogger(tmp_path / "metrics.jsonl"), logger], title="losses", text="diverge")
-    close_wandb(logger)
+def test_an_alarm_reaches_the_mirror_once(without_key, tmp_path):
+    tracked = TrackingConfig(alarm_factor=4.0, alarm_rows=1)
+    config = toy_config(steps=4, log_every=1, tracking=tracked)
+    stage = toy_stage(config)
+    own, losses = stage.update, [1.0, 1.0, 9.0, 9.0]
+    stage.update = lambda batch, step: (
+        own(batch, step)
+        | {
+            "loss/critic": losses[step],
+            "loss/student": 1.0,
+        }
+    )
+    train(tmp_path, config, stage)
     (run,) = offline_runs(tmp_path)
-    assert run.alerts == [("losses", "diverge")]
+    ((title, text),) = run.alerts
+    assert title == "losses diverge"
+    assert text.startswith("the losses diverge at step 3, 'critic' moves up: critic 1 -> 9")
 
 
 @pytest.fixture
