@@ -63,8 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Train a stage of random networks on random latents and write what its steps cost.
 
-    Everything goes through `fit`, twice: FLOPs are counted in the first training. Shards and
-    checkpoints lie beside the record meanwhile. It holds a list, an entry per number of ranks:
+    Every number of ranks has processes of its own. Everything goes through `fit`, twice: FLOPs are
+    counted in the first training. Shards and checkpoints lie beside the record meanwhile. It holds
+    a list, an entry per number of ranks:
 
     - `seconds_per_step` (median, checkpoints apart) and `mean_seconds_per_step`; the rates follow
       from the mean;
@@ -104,7 +105,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _measure_ranks(arguments: argparse.Namespace, ranks: int) -> dict[str, Any]:
-    """Write the shards, measure in this process or in several, and tidy up."""
+    """Write the shards, measure in fresh processes, which leave nothing on a device, tidy up."""
     config, part = _config(arguments, ranks), _part(arguments)
     stage = config.stages[arguments.stage]
     work = Path(config.runs_dir)
@@ -112,10 +113,7 @@ def _measure_ranks(arguments: argparse.Namespace, ranks: int) -> dict[str, Any]:
     try:
         count = max(8, 2 * stage.batch)
         write_latents(config, frames=stage.frames, count=count)
-        if ranks == 1:
-            _measure(arguments, 1)
-        else:
-            _launch(arguments, ranks)
+        _launch(arguments, ranks)
         found: dict[str, Any] = json.loads(part.read_text())
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -207,7 +205,7 @@ def _part(arguments: argparse.Namespace) -> Path:
 
 
 def _launch(arguments: argparse.Namespace, ranks: int) -> None:
-    """Run this command once more as several processes, by torchrun."""
+    """Run this command once more as so many processes, by torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(ranks), "-m", "launch", "bench", "train"]
     command += [*arguments.config, "--is-rank"]
@@ -221,9 +219,10 @@ def _launch(arguments: argparse.Namespace, ranks: int) -> None:
     own = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     status = subprocess.run(command, env=os.environ | own, check=False).returncode
     if status:
+        plural = "s" if ranks > 1 else ""
         raise UserError(
-            f"a training of {ranks} ranks must end with status 0, found {status}; see its messages "
-            "above"
+            f"a training of {ranks} rank{plural} must end with status 0, found {status}; see its "
+            "messages above"
         )
 
 

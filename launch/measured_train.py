@@ -1,5 +1,6 @@
 """A stage in training under a stop-watch: random networks and latents, all else as in `fit`."""
 
+import gc
 import json
 import statistics
 import time
@@ -144,7 +145,9 @@ def train_measured(config: RunConfig, stage_name: str, *, warmup: int) -> dict[s
     """
     is_cuda = config.trainer.accelerator == "gpu"
     counters = _train(config, stage_name, {}).counters
+    gc.collect()  # a stage and its stop-watch refer to each other
     if is_cuda:
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     stage = _train(config, stage_name, counters)
     assert isinstance(stage.speed, Recorder)
