@@ -277,6 +277,36 @@ def test_server_that_does_not_answer_is_a_warning_and_the_run_goes_offline(
     assert "cannot be reached" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("settings", "is_tried"),
+    [
+        ({}, True),
+        ({"HTTPS_PROXY": "http://proxy.example:3128"}, False),
+        ({"HTTP_PROXY": "http://proxy.example:3128"}, True),
+        ({"https_proxy": "http://proxy.example:3128", "NO_PROXY": "wandb.example"}, True),
+        ({"https_proxy": "http://proxy.example:3128", "NO_PROXY": "elsewhere.example"}, False),
+    ],
+)
+def test_a_server_behind_a_proxy_is_not_tried_without_it(
+    without_key, monkeypatch, settings, is_tried
+):
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example")
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    tried = []
+
+    def refuse(address, timeout):
+        tried.append(address)
+        raise OSError("no route")
+
+    monkeypatch.setattr("socket.create_connection", refuse)
+    assert tracking._can_go_online("auto") is not is_tried
+    assert tried == ([("wandb.example", 443)] if is_tried else [])
+
+
 def test_online_without_a_key_is_a_warning(without_key, caplog):
     with caplog.at_level(logging.WARNING):
         assert not tracking._can_go_online("online")
