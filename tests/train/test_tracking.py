@@ -335,12 +335,21 @@ def test_the_commit_of_a_checkout_and_whether_it_was_changed(tmp_path, monkeypat
 
     (tmp_path / "a.py").write_text("1")
     assert code_version(tmp_path).keys() == {"version"}
+    code_version.cache_clear()
     git("init", "-q")
     git("add", "a.py")
     git("commit", "-qm", "first")
     assert code_version(tmp_path) == {"commit": git("rev-parse", "HEAD"), "dirty": False}
     (tmp_path / "a.py").write_text("2")
+    assert not code_version(tmp_path)["dirty"]  # what runs is what was there at the start
+    code_version.cache_clear()
     assert code_version(tmp_path)["dirty"]
+
+
+def test_without_git_the_version_is_that_of_the_package(tmp_path, monkeypatch):
+    (tmp_path / ".git").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert code_version(tmp_path).keys() == {"version"}
 
 
 def test_a_broken_checkout_falls_back_to_the_package(tmp_path, caplog):
