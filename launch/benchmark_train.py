@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
-from configs.load import nearest
+from configs.load import load_config, nearest
 from configs.schema import RunConfig
 from launch import benchmark
 from launch.measured_train import SHAPES, measured_config, train_measured, write_latents
@@ -63,8 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Train a stage of random networks on random latents and write what its steps cost.
 
-    Everything goes through `fit`, twice: FLOPs are counted in the first training. Shards and
-    checkpoints lie beside the record meanwhile. It holds a list, an entry per number of ranks:
+    Every number of ranks has processes of its own. Everything goes through `fit`, twice: FLOPs are
+    counted in the first training. Shards and checkpoints lie beside the record meanwhile. It holds
+    a list, an entry per number of ranks:
 
     - `seconds_per_step` (median, checkpoints apart) and `mean_seconds_per_step`; the rates follow
       from the mean;
@@ -74,6 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
       in the same process;
     - `checkpoint_stall`: seconds that the main thread stands still for a checkpoint (copies of
       the state at the start of a stream among them), and the same in steps;
+    - `layers` of the networks, and `layers_of_plan`, what they would be without `--layers`;
     - `speedup` and `efficiency` over the first number of ranks, in tokens per second.
 
     On a CPU, `threads` are shared out to the ranks, so that all numbers of ranks have as many.
@@ -103,7 +105,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _measure_ranks(arguments: argparse.Namespace, ranks: int) -> dict[str, Any]:
-    """Write the shards, measure in this process or in several, and tidy up."""
+    """Write the shards, measure in fresh processes, which leave nothing on a device, tidy up."""
     config, part = _config(arguments, ranks), _part(arguments)
     stage = config.stages[arguments.stage]
     work = Path(config.runs_dir)
@@ -111,10 +113,7 @@ def _measure_ranks(arguments: argparse.Namespace, ranks: int) -> dict[str, Any]:
     try:
         count = max(8, 2 * stage.batch)
         write_latents(config, frames=stage.frames, count=count)
-        if ranks == 1:
-            _measure(arguments, 1)
-        else:
-            _launch(arguments, ranks)
+        _launch(arguments, ranks)
         found: dict[str, Any] = json.loads(part.read_text())
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -123,6 +122,8 @@ def _measure_ranks(arguments: argparse.Namespace, ranks: int) -> dict[str, Any]:
 
 
 def _line(row: dict[str, Any]) -> str:
+    layers = f"{row['layers']} of " if row["layers"] != row["layers_of_plan"] else ""
+    layers += f"{row['layers_of_plan']} layers"
     speed = f"{row['tflops_per_second']:.3g} TFLOP/s"
     if row["mfu"] is not None:
         speed += f", {row['mfu']:.1%} of the peak"
@@ -131,9 +132,9 @@ def _line(row: dict[str, Any]) -> str:
     parts = ", ".join(f"{name} {share:.0%}" for name, share in row["share"].items() if share)
     stall = row["checkpoint_stall"]
     return (
-        f"{row['seconds_per_step']:.3g} s per step, {row['tokens_per_second']:.0f} tokens/s, "
-        f"{speed}; {parts}; a checkpoint stops training for {stall['seconds']:.3g} s, "
-        f"{stall['steps']:.2f} steps"
+        f"{layers}: {row['seconds_per_step']:.3g} s per step, "
+        f"{row['tokens_per_second']:.0f} tokens/s, {speed}; {parts}; "
+        f"a checkpoint stops training for {stall['seconds']:.3g} s, {stall['steps']:.2f} steps"
     )
 
 
@@ -172,7 +173,7 @@ def _check(arguments: argparse.Namespace) -> list[int]:
 
 def _config(arguments: argparse.Namespace, ranks: int) -> RunConfig:
     """Of a measurement; its `runs_dir` lies beside the record while it runs."""
-    words = list(arguments.config or SHAPES[arguments.shape or "demo"])
+    words = _plan(arguments)
     if arguments.layers is not None:
         words.append(f"model.num_layers={arguments.layers}")
     strategy = arguments.strategy or ("single" if ranks == 1 else "deepspeed")
@@ -194,13 +195,17 @@ def _config(arguments: argparse.Namespace, ranks: int) -> RunConfig:
     )
 
 
+def _plan(arguments: argparse.Namespace) -> list[str]:
+    return list(arguments.config or SHAPES[arguments.shape or "demo"])
+
+
 def _part(arguments: argparse.Namespace) -> Path:
     """What one number of ranks has given."""
     return arguments.out.with_name(f"{arguments.out.name}.measured")
 
 
 def _launch(arguments: argparse.Namespace, ranks: int) -> None:
-    """Run this command once more as several processes, by torchrun."""
+    """Run this command once more as so many processes, by torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(ranks), "-m", "launch", "bench", "train"]
     command += [*arguments.config, "--is-rank"]
@@ -214,9 +219,10 @@ def _launch(arguments: argparse.Namespace, ranks: int) -> None:
     own = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     status = subprocess.run(command, env=os.environ | own, check=False).returncode
     if status:
+        plural = "s" if ranks > 1 else ""
         raise UserError(
-            f"a training of {ranks} ranks must end with status 0, found {status}; see its messages "
-            "above"
+            f"a training of {ranks} rank{plural} must end with status 0, found {status}; see its "
+            "messages above"
         )
 
 
@@ -234,6 +240,7 @@ def _measure(arguments: argparse.Namespace, ranks: int) -> None:
         "precision": config.trainer.precision,
         "threads_per_rank": config.trainer.threads,
         "layers": config.model.num_layers,
+        "layers_of_plan": load_config(_plan(arguments)).model.num_layers,
         "width": config.model.num_heads * config.model.head_dim,
         "counted": COUNTED,
         "packages": {name: package_version(name) for name in ("lightning", "deepspeed")},

@@ -149,8 +149,11 @@ def _build_network(
 ) -> nn.Module:
     """A network of a stage: fresh if it has no sources, else loaded from the first one given."""
     params = config.stages[stage_name].params
-    with torch.random.fork_rng():
-        torch.manual_seed(derive_seed(stage_seed(config, stage_name), "weights", name))
+    with torch.random.fork_rng(devices=[]):
+        # torch.manual_seed would set the generators of all GPUs as well.
+        torch.default_generator.manual_seed(
+            derive_seed(stage_seed(config, stage_name), "weights", name)
+        )
         targets = {key: bool(params.get(key, False)) for key in ("log", "per_block")}
         fresh = network_config(config, **targets)
         network = _new_network(name, fresh)

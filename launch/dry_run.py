@@ -9,7 +9,6 @@ import contextlib
 import copy
 import io
 import os
-import resource
 import shutil
 import time
 from collections.abc import Collection, Iterator
@@ -42,6 +41,7 @@ from launch.steps import (
 from train import checkpoint
 from train.failures import TrainingFailure
 from train.fit import CHECKPOINTS, SAMPLES
+from train.hardware import peak_gigabytes
 from train.ranks import barrier
 from train.restore import restore
 from train.samples import SampleVideos
@@ -280,10 +280,3 @@ def try_evaluation(config: RunConfig, folders: list[Path], out: Path) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         evaluate(config, folders, out)
     say(f"dry run of evaluate: {time.perf_counter() - start:.2f} s")
-
-
-def peak_gigabytes(device: torch.device) -> float:
-    """Most memory that this process has held on its device so far, in 10^9 bytes."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # KiB on Linux

@@ -1,7 +1,7 @@
 """A stage in training under a stop-watch: random networks and latents, all else as in `fit`."""
 
+import gc
 import json
-import resource
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ from data.files import json_sha256
 from data.shard_writer import ShardSetWriter
 from launch.build import build_data, latents_folder, new_stage, stage_type
 from train.fit import fit
-from train.hardware import peak_flops
+from train.hardware import peak_flops, peak_gigabytes
 from train.ranks import barrier, gather_objects
 from train.spans import SPANS
 from train.speed import FLOPS, SAMPLES, Speedometer
@@ -38,6 +38,7 @@ SHAPES: dict[str, list[str]] = {
         "codec.stride=8",
         "text.dim=4096",
         "text.length=512",
+        "model.num_layers=30",
         "model.num_heads=12",
         "model.head_dim=128",
         "model.ffn_dim=8960",
@@ -144,11 +145,14 @@ def train_measured(config: RunConfig, stage_name: str, *, warmup: int) -> dict[s
     """
     is_cuda = config.trainer.accelerator == "gpu"
     counters = _train(config, stage_name, {}).counters
+    gc.collect()  # a stage and its stop-watch refer to each other
     if is_cuda:
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     stage = _train(config, stage_name, counters)
     assert isinstance(stage.speed, Recorder)
-    own = summary(stage.speed.steps[warmup:], stage) | {"peak_memory_gb": _peak_memory_gb(is_cuda)}
+    own = summary(stage.speed.steps[warmup:], stage)
+    own["peak_memory_gb"] = peak_gigabytes(stage.device)
     peak = peak_flops(stage.device, config.trainer.peak_tflops)
     own["mfu"] = None if peak is None else own["tflops_per_second"] * 1e12 / peak
     if not is_cuda:
@@ -227,10 +231,3 @@ def product_tflops(size: int = PRODUCT_SIZE, repeats: int = 5) -> float:
         torch.mm(one, other)
         seconds.append(time.perf_counter() - start)
     return 2 * size**3 / min(seconds) / 1e12
-
-
-def _peak_memory_gb(is_cuda: bool) -> float:
-    """Allocated on the device, or resident on Linux, at the peak."""
-    if is_cuda:
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

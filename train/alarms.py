@@ -6,21 +6,19 @@ much as the growth itself: a critic that collapses while the student's loss doub
 harmless doubling. In the demo the student's loss, at its healthiest, grows by 1.5.
 """
 
-import itertools
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections import deque
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from operator import itemgetter
-from typing import Any
 
 import lightning as L
-from lightning.pytorch.loggers import WandbLogger
 
 from configs.schema import TrackingConfig
 from train.ranks import rank
 from train.stage import Stage
-from train.tracking import JsonlLogger
+from train.tracking import JsonlLogger, alert
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +51,60 @@ class Alarm:
         )
 
 
-def find_alarms(rows: Sequence[Row], *, factor: float, length: int) -> dict[str, Alarm]:
+class Windows:
+    """Means of the losses over windows of rows, as far as the rule needs them.
+
+    It takes one row after the other, each at the same cost, and holds the last windows only.
+
+    Args:
+        length: Rows of a window.
+    """
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self._begin(frozenset())
+
+    def add(self, row: Row) -> None:
+        """Take in the next row; one without a finite number for every loss does not count."""
+        names = self._names | {key for key in row if key.startswith(LOSS)}
+        if names != self._names:  # no row before had a number for every loss
+            self._begin(names)
+        values = {name: row.get(name) for name in sorted(names)}
+        numbers = {k: v for k, v in values.items() if v is not None and math.isfinite(v)}
+        if len(numbers) < len(values) or not values:
+            return
+        self._sums.append({name: self._sums[-1][name] + v for name, v in numbers.items()})
+        if len(self._sums) <= self.length:
+            return
+        first, last = self._sums.popleft(), self._sums[-1]
+        self._latest.append({name: (last[name] - first[name]) / self.length for name in numbers})
+        if len(self._latest) > self.length:
+            earlier = self._latest.popleft()
+            for name, mean in earlier.items():
+                if mean > 0 and (name not in self._lowest or mean < self._lowest[name][name]):
+                    self._lowest[name] = earlier
+
+    def alarms(self, factor: float) -> dict[str, Alarm]:
+        """Those after the last row, by network; see `find_alarms`."""
+        alarms = {}
+        for name in sorted(self._lowest):
+            then, now = self._lowest[name], self._latest[-1]
+            growth = now[name] / then[name]
+            falls = [then[key] / now[key] for key in now if key != name and now[key] > 0]
+            if growth * max(1.0, min(growth, max(falls, default=1.0))) > factor:
+                short = name.removeprefix(LOSS)
+                alarms[short] = Alarm(short, _without_prefix(then), _without_prefix(now))
+        return alarms
+
+    def _begin(self, names: frozenset[str]) -> None:
+        self._names = names
+        # Before the oldest window that may still grow, and after each row since.
+        self._sums: deque[dict[str, float]] = deque([dict.fromkeys(sorted(names), 0.0)])
+        self._latest: deque[dict[str, float]] = deque()
+        self._lowest: dict[str, dict[str, float]] = {}
+
+
+def find_alarms(rows: Iterable[Row], *, factor: float, length: int) -> dict[str, Alarm]:
     """Alarms after the last of `rows`, by network.
 
     Rows without a number for every loss do not count: networks may be trained at different steps.
@@ -63,22 +114,10 @@ def find_alarms(rows: Sequence[Row], *, factor: float, length: int) -> dict[str,
         factor: Growth above which there is an alarm.
         length: Rows of a window; with fewer than two windows there is no alarm.
     """
-    names = sorted({key for row in rows for key in row if key.startswith(LOSS)})
-    whole = [[row.get(name) for name in names] for row in rows]
-    numbers = [[v for v in values if v is not None] for values in whole if None not in values]
-    windows = [dict(zip(names, means, strict=True)) for means in _window_means(numbers, length)]
-    alarms = {}
-    for name in names:
-        earlier = [window for window in windows[:-length] if window[name] > 0]
-        if not earlier:
-            continue
-        then, now = min(earlier, key=itemgetter(name)), windows[-1]
-        growth = now[name] / then[name]
-        falls = [then[key] / now[key] for key in names if key != name and now[key] > 0]
-        if growth * max(1.0, min(growth, max(falls, default=1.0))) > factor:
-            short = name.removeprefix(LOSS)
-            alarms[short] = Alarm(short, _without_prefix(then), _without_prefix(now))
-    return alarms
+    windows = Windows(length)
+    for row in rows:
+        windows.add(row)
+    return windows.alarms(factor)
 
 
 class Alarms(L.Callback):
@@ -89,7 +128,8 @@ class Alarms(L.Callback):
 
     def __init__(self, tracking: TrackingConfig) -> None:
         self.factor, self.length = tracking.alarm_factor, tracking.alarm_rows
-        self._rows: list[Row] = []
+        self._windows = Windows(self.length)
+        self._previous: set[str] = set()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Continue behind the rows that are there."""
@@ -98,43 +138,29 @@ class Alarms(L.Callback):
             return
         for logger in trainer.loggers:
             if isinstance(logger, JsonlLogger):
-                lines = logger.path.read_text().splitlines()
-                self._rows += [_relevant(json.loads(line)) for line in lines]
+                with logger.path.open() as lines:
+                    for row in map(json.loads, lines):
+                        self._windows.add(row)
+                        self._previous = _marks(row)
         pl_module.watch_row = lambda row, step: self.watch(row, step, trainer)
 
     def watch(self, row: Mapping[str, float], step: int, trainer: L.Trainer) -> dict[str, float]:
         """What to add to the new row of metrics."""
-        previous = self._rows[-1] if self._rows else {}
-        self._rows.append(_relevant(row))
-        alarms = find_alarms(self._rows, factor=self.factor, length=self.length)
+        self._windows.add(row)
+        alarms = self._windows.alarms(self.factor)
         marks = {f"{ALARM}{name}": 1.0 for name in alarms}
-        self._rows[-1] = {**self._rows[-1], **marks}
-        for name, alarm in alarms.items():
-            if f"{ALARM}{name}" not in previous:
-                self._tell(alarm.text(step), trainer)
+        for mark, alarm in zip(marks, alarms.values(), strict=True):
+            if mark not in self._previous:
+                text = alarm.text(step)
+                log.warning(text)
+                alert(trainer.loggers, title="losses diverge", text=text)
+        self._previous = set(marks)
         return marks
-
-    def _tell(self, text: str, trainer: L.Trainer) -> None:
-        log.warning(text)
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.experiment.alert(title="losses diverge", text=text)
-
-
-def _window_means(rows: Sequence[Sequence[float]], length: int) -> list[list[float]]:
-    """Mean of every column over each window of `length` rows that follow each other."""
-    sums = [[0.0] * len(rows[0])] if rows else []
-    for row in rows:
-        sums.append([total + value for total, value in zip(sums[-1], row, strict=True)])
-    return [
-        [(b - a) / length for a, b in zip(first, last, strict=True)]
-        for first, last in zip(sums, itertools.islice(sums, length, None), strict=False)
-    ]
 
 
 def _without_prefix(values: Mapping[str, float]) -> dict[str, float]:
     return {key.removeprefix(LOSS): value for key, value in values.items()}
 
 
-def _relevant(row: Mapping[str, Any]) -> Row:
-    return {key: value for key, value in row.items() if key.startswith((LOSS, ALARM))}
+def _marks(row: Row) -> set[str]:
+    return {key for key in row if key.startswith(ALARM)}

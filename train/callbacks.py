@@ -144,10 +144,10 @@ class Checkpoints(L.Callback):
         self._writer.join(FINISH_SECONDS)
 
     def _write(self, trainer: L.Trainer, stage: Stage) -> None:
-        for logger in trainer.loggers:
-            if isinstance(logger, JsonlLogger):
-                logger.save()
         with stage.spans("checkpoint"):
+            for logger in trainer.loggers:
+                if isinstance(logger, JsonlLogger):
+                    logger.save()
             self._writer.start(stage.snapshot())
 
 

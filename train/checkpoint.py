@@ -19,8 +19,6 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -34,6 +32,7 @@ from configs.load import config_hash
 from train.engine import Piece
 from train.randomness import generator_states
 from train.ranks import gather_objects, rank, world_size
+from train.versions import code_version, package_version
 
 if TYPE_CHECKING:
     from train.stage import Stage
@@ -97,7 +96,8 @@ def capture(stage: "Stage") -> Snapshot:
         "world_size": world_size(),
         "identity": stage.identity,
         "identity_hash": config_hash(stage.identity),
-        "versions": {name: _version(name) for name in ("pafukv", "torch", "lightning")},
+        "versions": {name: package_version(name) for name in ("pafukv", "torch", "lightning")},
+        "code": code_version(),
         "random": random_meta,
     }
     layouts = {
@@ -243,7 +243,7 @@ def _write_rank(snapshot: Snapshot, part: Path) -> dict[str, Any]:
 def _finish(snapshot: Snapshot, ranks: list[dict[str, Any]], final: Path) -> None:
     """Describe the files of all ranks, then let the folder appear."""
     part = final.with_name(final.name + PART)
-    shared = ("step", "seed", "world_size", "identity", "identity_hash", "versions")
+    shared = ("step", "seed", "world_size", "identity", "identity_hash", "versions", "code")
     described = {key: snapshot.meta[key] for key in shared}
     own = ("step", "counters", "metrics", "random")
     described["ranks"] = [
@@ -294,14 +294,6 @@ def _start_copy(value: Tensor) -> Tensor:
     """A copy in host memory; from a GPU it is whole only after a synchronisation."""
     target = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
     return target.copy_(value.detach(), non_blocking=True)
-
-
-@cache
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def sha256(path: Path) -> str:

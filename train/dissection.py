@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from train.engine import Engine, Piece
+from train.randomness import generators_of
 from train.stage import Stage, split_batch
 
 
@@ -110,7 +111,7 @@ class Loner:
         tensors = _named_tensors(self.stage.batch_at_work(own))
         found = Finding(inputs=[name for name, value in tensors.items() if not _is_finite(value)])
         with (
-            torch.random.fork_rng(),
+            torch.random.fork_rng(devices=generators_of(self.stage.device)),
             _first_not_finite(self.stage, found),
             self.stage.autocast(),
         ):

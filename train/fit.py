@@ -24,6 +24,7 @@ from train import checkpoint
 from train.alarms import Alarms
 from train.callbacks import Checkpoints, Progress, Records, StopSignals
 from train.failures import Failures
+from train.hardware import forget_peaks
 from train.samples import SampleVideos
 from train.stage import NonFiniteError, Stage
 from train.strategy import build_strategy, patience, uses_gpu
@@ -112,6 +113,7 @@ def fit(
         TrainingFailure: If a loss or a gradient is not finite.
     """
     prepare_process(config)
+    forget_peaks()
     attach_config(stage, config, stage_name, input_hashes=input_hashes or {})
     stage.speed.peak_tflops = config.trainer.peak_tflops
     signals = StopSignals()

@@ -1,6 +1,7 @@
 """What the device of this process can do at most, and how much of its memory is in use."""
 
 import os
+import resource
 from pathlib import Path
 
 import torch
@@ -50,6 +51,32 @@ def peak_of_name(name: str) -> float | None:
     return next(fitting, None)
 
 
+_peaks: dict[torch.device, int] = {}
+"""Most bytes allocated on a CUDA device since `forget_peaks`, up to the last `take_memory`."""
+
+
+def forget_peaks() -> None:
+    """Let `peak_gigabytes` begin anew, with what torch has counted since the last `take_memory`."""
+    _peaks.clear()
+
+
+def peak_gigabytes(device: torch.device) -> float:
+    """Most memory in GB (1e9 bytes) that this process has held, whatever `take_memory` has reset.
+
+    Returns:
+        On CUDA allocated on `device` since `forget_peaks`; on a CPU resident since the process
+        began.
+    """
+    if device.type == "cuda":
+        return _note_peak(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # KiB on Linux
+
+
+def _note_peak(device: torch.device) -> int:
+    _peaks[device] = max(_peaks.get(device, 0), torch.cuda.max_memory_allocated(device))
+    return _peaks[device]
+
+
 def take_memory(device: torch.device) -> dict[str, float]:
     """Memory in GB (1e9 bytes), by metric.
 
@@ -58,6 +85,7 @@ def take_memory(device: torch.device) -> dict[str, float]:
         CPU `memory/resident_gb`, what this process holds now, where /proc tells.
     """
     if device.type == "cuda":
+        _note_peak(device)
         found = {
             "memory/allocated_gb": torch.cuda.max_memory_allocated(device) / 1e9,
             "memory/reserved_gb": torch.cuda.max_memory_reserved(device) / 1e9,

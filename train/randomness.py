@@ -14,6 +14,14 @@ import torch
 from torch import Tensor
 
 
+def generators_of(device: torch.device) -> list[torch.device]:
+    """`devices` of `torch.random.fork_rng` in a process that computes on `device`.
+
+    By default it saves and sets the generators of all GPUs, and wakes up those of other ranks.
+    """
+    return [device] if device.type == "cuda" else []
+
+
 def derive_seed(seed: int, *tags: int | str) -> int:
     """A seed in [0, 2**63) that depends on every bit of `seed` and of all `tags`."""
     text = "/".join(str(part) for part in (int(seed), *tags))

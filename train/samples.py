@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.video import VideoWriter
+from train.randomness import generators_of
 from train.ranks import rank
 from train.stage import Stage
 
@@ -61,7 +62,8 @@ class SampleVideos(L.Callback):
         assert isinstance(pl_module, Stage)
         if pl_module.completed % self.every:
             return
-        with torch.random.fork_rng(), pl_module.autocast():
+        own = generators_of(pl_module.device)
+        with torch.random.fork_rng(devices=own), pl_module.autocast():
             latents = pl_module.preview(batch)
             salience = pl_module.preview_salience(batch)
         if latents is None or rank() != 0:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from lightning.pytorch.loggers import Logger, WandbLogger
 
@@ -279,9 +280,13 @@ def _can_go_online(mode: str) -> bool:
 
 
 def _connect(server: str) -> None:
+    """Raise `OSError` if the server does not take a connection; behind a proxy W&B finds out."""
     address = urlsplit(server)
+    host = address.hostname or ""
+    if getproxies().get(address.scheme) and not proxy_bypass(host):
+        return
     port = address.port or (80 if address.scheme == "http" else 443)
-    socket.create_connection((address.hostname or "", port), timeout=CONNECT_SECONDS).close()
+    socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
 
 
 def _has_key(host: str) -> bool:

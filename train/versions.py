@@ -21,16 +21,18 @@ def package_version(package: str) -> str:
         return "not installed"
 
 
+@cache
 def code_version(root: Path = ROOT) -> dict[str, Any]:
     """`commit` of a checkout and whether files differ from it (`dirty`).
 
-    Where there is none, or git cannot tell, `version` of the installed package.
+    Where there is none, or git cannot tell, `version` of the installed package. A process asks git
+    once: it runs the code that it began with.
     """
     if (root / ".git").exists():
         try:
             commit = _git(root, "rev-parse", "HEAD")
             changes = _git(root, "status", "--porcelain", "--untracked-files=no")
-        except (FileNotFoundError, subprocess.CalledProcessError) as error:
+        except (OSError, subprocess.CalledProcessError) as error:
             log.warning("git cannot tell the commit of %s (%s)", root, error)
         else:
             return {"commit": commit, "dirty": bool(changes)}

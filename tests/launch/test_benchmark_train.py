@@ -1,13 +1,15 @@
 """The benchmark of training: its record, its arithmetic, and what it refuses."""
 
+import gc
 import json
 import math
+import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from launch import benchmark_train
+from launch import benchmark_train, measured_train
 from launch.__main__ import main
 from launch.measured_train import SHAPES, measured_config, summary, together
 from launch.plan import check_stages
@@ -30,6 +32,7 @@ def threads():
 def test_the_record_of_a_stage_adds_up_and_nothing_else_is_left(tmp_path, capsys, stage):
     out = tmp_path / "train.json"
     command = [*WORDS, "--stage", stage, "--steps", "4", "--warmup", "2", "--out", str(out)]
+    command += ["--layers", "1"] if stage == "streaming" else []
     assert main(command) == 0
     (row,) = json.loads(out.read_text())
     assert [path.name for path in tmp_path.iterdir()] == ["train.json"]
@@ -49,7 +52,10 @@ def test_the_record_of_a_stage_adds_up_and_nothing_else_is_left(tmp_path, capsys
     tokens = batch * 12 * 8 / row["mean_seconds_per_step"]  # 12 frames of 2 x 4 tokens
     assert math.isclose(row["tokens_per_second"], tokens)
     assert row["peak_memory_gb"] > 0.1
-    assert "s per step" in capsys.readouterr().out
+    layers = (row["layers"], row["layers_of_plan"])
+    assert layers == {"salience": (2, 2), "streaming": (1, 2)}[stage]
+    shown = {"salience": "\n2 layers: ", "streaming": "\n1 of 2 layers: "}[stage]
+    assert f"{shown}{row['seconds_per_step']:.3g} s per step" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("threads")
@@ -116,6 +122,7 @@ def test_every_shape_is_a_plan_whose_stages_can_be_measured(shape):
     assert (stage.steps, stage.checkpoint_every, stage.sample_every) == (9, 5, 0)
     assert config.tracking.wandb == "off"
     if shape == "1.3b":
+        assert config.model.num_layers == 30
         tokens = stage.frames * config.frame_seq_len
         width = config.model.num_heads * config.model.head_dim
         assert (tokens, width, config.model.ffn_dim) == (32760, 1536, 8960)
@@ -154,10 +161,44 @@ def test_torchrun_is_refused(tmp_path, capsys, monkeypatch):
     assert "give --ranks N without torchrun" in capsys.readouterr().err
 
 
-def test_ranks_that_fail_are_an_error_and_leave_nothing(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(("ranks", "told"), [("1", "1 rank"), ("2", "2 ranks")])
+def test_ranks_that_fail_are_an_error_and_leave_nothing(tmp_path, capsys, monkeypatch, ranks, told):
     failed = SimpleNamespace(returncode=3)
     monkeypatch.setattr(benchmark_train.subprocess, "run", lambda *_, **__: failed)
-    words = [*WORDS, "--stage", "teacher", "--ranks", "2", "--out", str(tmp_path / "x.json")]
+    words = [*WORDS, "--stage", "teacher", "--ranks", ranks, "--out", str(tmp_path / "x.json")]
     assert main(words) == 2
-    assert "a training of 2 ranks must end with status 0, found 3" in capsys.readouterr().err
+    assert f"a training of {told} must end with status 0, found 3" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+class Counted:
+    """A stage, whose stop-watch refers to it."""
+
+
+class Trained(Exception):
+    """The measured training would begin now."""
+
+
+def test_nothing_of_the_counted_training_is_left_when_the_measured_one_begins(monkeypatch):
+    config = measured_config(
+        SHAPES["tiny"], ranks=1, stage_name="teacher", num_steps=2, checkpoint_step=1
+    )
+    counted = []
+
+    def train(config, stage_name, counters):
+        if counted:
+            assert counters == {"flops/all/1": 5}
+            raise Trained(counted[0]())
+        stage = Counted()
+        stage.counters, stage.itself = {"flops/all/1": 5}, stage
+        counted.append(weakref.ref(stage))
+        return stage
+
+    monkeypatch.setattr(measured_train, "_train", train)
+    gc.disable()
+    try:
+        with pytest.raises(Trained) as reached:
+            measured_train.train_measured(config, "teacher", warmup=1)
+    finally:
+        gc.enable()
+    assert reached.value.args == (None,)

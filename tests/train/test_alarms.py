@@ -9,7 +9,7 @@ import pytest
 from configs.errors import ConfigError
 from configs.schema import TrackingConfig
 from tests.train.toy import toy_config, toy_stage, train
-from train.alarms import find_alarms
+from train.alarms import Windows, find_alarms
 
 FACTOR, LENGTH = 4.0, 5
 
@@ -77,6 +77,70 @@ def test_rows_without_every_loss_or_with_an_undefined_one_do_not_count():
     between = [{"loss/critic": 9.0}, {"loss/critic": 1.0, "loss/student": None}, {"other": 1.0}]
     mixed = [row for pair in zip(rows, between * 4, strict=False) for row in pair]
     assert alarms(mixed) == alarms(rows)
+
+
+def slow_alarms(rows, *, factor, length):
+    """The rule as it reads: all windows of all rows, anew."""
+    names = sorted({key for row in rows for key in row if key.startswith("loss/")})
+    whole = [row for row in rows if all(row.get(name) is not None for name in names)]
+    sums = [dict.fromkeys(names, 0.0)]
+    for row in whole:
+        sums.append({name: sums[-1][name] + row[name] for name in names})
+    windows = [
+        {name: (sums[end][name] - sums[end - length][name]) / length for name in names}
+        for end in range(length, len(sums))
+    ]
+    found = {}
+    for name in names:
+        earlier = [window for window in windows[:-length] if window[name] > 0]
+        if earlier:
+            then, now = min(earlier, key=lambda window: window[name]), windows[-1]
+            growth = now[name] / then[name]
+            falls = [then[key] / now[key] for key in names if key != name and now[key] > 0]
+            if growth * max(1.0, min(growth, max(falls, default=1.0))) > factor:
+                found[name.removeprefix("loss/")] = [
+                    {key.removeprefix("loss/"): mean for key, mean in window.items()}
+                    for window in (then, now)
+                ]
+    return found
+
+
+def random_rows(source):
+    """Losses that wander, some below zero, with gaps; one begins late or never."""
+    levels = {name: source.choice([1.0, 1.0, 0.0]) for name in ("critic", "student", "teacher")}
+    late = source.choice([0, 20, 200])
+    for number in range(120):
+        for name in levels:
+            levels[name] = levels[name] * source.uniform(0.7, 1.5) + source.uniform(-0.02, 0.02)
+        row = {f"loss/{name}": level for name, level in levels.items() if name != "teacher"}
+        row |= {"loss/teacher": levels["teacher"]} if number >= late else {}
+        if source.random() < 0.1:
+            row[source.choice(list(row))] = None
+        if source.random() < 0.1:
+            del row[source.choice(list(row))]
+        yield row | {"other": 1.0}
+
+
+def test_row_after_row_the_alarms_are_those_of_all_rows_together():
+    seen = 0
+    for seed in range(40):
+        source = random.Random(seed)
+        rows, length = list(random_rows(source)), source.choice([1, 2, 5, 9])
+        windows = Windows(length)
+        for count, row in enumerate(rows, start=1):
+            windows.add(row)
+            found = windows.alarms(FACTOR)
+            expected = slow_alarms(rows[:count], factor=FACTOR, length=length)
+            assert {name: [a.then, a.now] for name, a in found.items()} == expected
+            seen += len(found)
+        assert list(found) == list(expected)
+    assert 100 < seen < 40 * 120 * 2
+
+
+def test_a_loss_that_is_not_finite_counts_no_more_now_than_it_does_in_the_file():
+    rows = curves(student=[1.0] * 5 + [10.0] * 5)
+    assert alarms([*rows, {"loss/student": float("inf")}]) == alarms(rows)
+    assert alarms([{"loss/student": float("nan")}, *rows]) == alarms(rows)
 
 
 def train_with_losses(folder, losses, *, steps):

@@ -15,6 +15,7 @@ from train.checkpoint import CheckpointError, Shelf, Snapshot, newest_whole, ste
 from train.engine import SingleEngine, build_engines
 from train.restore import restore
 from train.tracking import MACHINE_KEYS
+from train.versions import code_version
 
 
 def built_stage(**changes):
@@ -28,6 +29,22 @@ def built_stage(**changes):
 def snapshot_at(stage, step) -> Snapshot:
     stage.completed = step
     return checkpoint.capture(stage)
+
+
+def test_a_checkpoint_says_which_code_wrote_it(tmp_path):
+    code_version.cache_clear()
+    folder = write(snapshot_at(built_stage(), 5), Shelf(tmp_path))
+    described = checkpoint.read_marker(folder)
+    assert described["code"] == code_version()
+    assert described["code"].keys() in ({"commit", "dirty"}, {"version"})
+    assert described["versions"]["torch"] == torch.__version__
+
+
+def test_a_second_capture_asks_git_no_more(monkeypatch):
+    stage = built_stage()
+    first = checkpoint.capture(stage)
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("asked again"))
+    assert checkpoint.capture(stage).meta["code"] == first.meta["code"]
 
 
 def test_capture_is_a_copy_that_later_steps_do_not_reach():

@@ -8,6 +8,7 @@ from train.randomness import (
     derive_seed,
     derive_seeds,
     generator_states,
+    generators_of,
     sample_generator,
     sample_noise,
     sample_uniform,
@@ -80,3 +81,9 @@ def test_global_generators_continue_where_their_state_was_taken():
     seed_generators(1)
     set_generator_states(words, json.loads(json.dumps(rest)))
     assert [draw(), draw()] == expected
+
+
+def test_only_the_generator_of_the_own_device_is_kept():
+    assert generators_of(torch.device("cpu")) == []
+    own = torch.device("cuda:1")
+    assert generators_of(own) == [own]

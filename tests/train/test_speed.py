@@ -11,7 +11,7 @@ from models.attention import block_causal_mask
 from tests.models.small import SIZES, small_transformer
 from tests.train.toy import WIDTH, ToyStage, final_weights, toy_batch, toy_config, toy_stage, train
 from train.flops import FlopCounter, count_flops
-from train.hardware import peak_flops, peak_of_name, take_memory
+from train.hardware import forget_peaks, peak_flops, peak_gigabytes, peak_of_name, take_memory
 from train.spans import SPANS, Spans
 from train.speed import Speedometer
 from train.tracking import MACHINE_KEYS, MetricWindow
@@ -140,6 +140,16 @@ def test_parts_of_a_step_add_up_to_its_time(tmp_path, monkeypatch):
     assert {"step", "loss/critic"} <= row.keys() - set(machine)
 
 
+def test_bringing_the_rows_to_the_disk_is_part_of_a_checkpoint(tmp_path, monkeypatch):
+    stage = toy_stage(toy_config(steps=2, checkpoint_every=1))
+    parts = []
+    monkeypatch.setattr(
+        "train.tracking.JsonlLogger.save", lambda logger: parts.append(stage.spans.current)
+    )
+    train(tmp_path, toy_config(steps=2, checkpoint_every=1), stage)
+    assert parts.count("checkpoint") == 2  # Lightning does it again at the end
+
+
 def test_an_inner_part_interrupts_the_outer(monkeypatch):
     clock = iter([0.0, 1.0, 3.0, 7.0, 15.0, 31.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
@@ -203,3 +213,42 @@ def test_a_cpu_has_no_peak_unless_it_is_given():
     assert peak_flops(torch.device("cpu")) is None
     assert peak_flops(torch.device("cpu"), 0.5) == 5e11
     assert take_memory(torch.device("cpu")).keys() == {"memory/resident_gb"}
+
+
+class CudaMemory:
+    """The counters of `torch.cuda`, without a device; in GB."""
+
+    def __init__(self, monkeypatch):
+        self.held = self.peak = 0.0
+        for name in ("allocated", "reserved"):
+            monkeypatch.setattr(torch.cuda, f"max_memory_{name}", lambda _: int(self.peak * 1e9))
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", self.reset)
+
+    def reset(self, device):
+        self.peak = self.held
+
+    def rise(self, peak):
+        self.peak = max(self.peak, peak)
+
+
+def test_rows_do_not_hide_the_peak_of_a_training_on_cuda(monkeypatch, tmp_path):
+    memory, device = CudaMemory(monkeypatch), torch.device("cuda:0")
+    memory.held = 1.0
+    rows = []
+    for peak in (5.0, 7.0, 3.0):
+        memory.rise(peak)
+        rows.append(take_memory(device)["memory/allocated_gb"])
+    assert rows == [5.0, 7.0, 3.0]
+    assert peak_gigabytes(device) == 7.0
+    memory.rise(9.0)
+    assert peak_gigabytes(device) == 9.0
+    train(tmp_path, toy_config(steps=1))  # the next training begins anew, and forgets
+    memory.reset(device)
+    assert peak_gigabytes(device) == 1.0
+
+
+def test_a_peak_from_before_the_first_row_counts(monkeypatch):
+    memory, device = CudaMemory(monkeypatch), torch.device("cuda:0")
+    memory.rise(5.0)
+    forget_peaks()
+    assert peak_gigabytes(device) == 5.0

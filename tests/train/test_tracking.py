@@ -21,7 +21,6 @@ from train.tracking import (
     JsonlLogger,
     MetricWindow,
     RunInfo,
-    alert,
     build_wandb,
     close_wandb,
     log_export,
@@ -162,12 +161,23 @@ def test_an_export_goes_to_the_run_of_its_stage_with_its_files(without_key, tmp_
     assert run.id == (tmp_path / tracking.RUN_ID_FILE).read_text()
 
 
-def test_an_alert_reaches_the_mirror(without_key, tmp_path):
-    logger = build_wandb(TrackingConfig(), info(tmp_path))
-    alert([JsonlLogger(tmp_path / "metrics.jsonl"), logger], title="losses", text="diverge")
-    close_wandb(logger)
+def test_an_alarm_reaches_the_mirror_once(without_key, tmp_path):
+    tracked = TrackingConfig(alarm_factor=4.0, alarm_rows=1)
+    config = toy_config(steps=4, log_every=1, tracking=tracked)
+    stage = toy_stage(config)
+    own, losses = stage.update, [1.0, 1.0, 9.0, 9.0]
+    stage.update = lambda batch, step: (
+        own(batch, step)
+        | {
+            "loss/critic": losses[step],
+            "loss/student": 1.0,
+        }
+    )
+    train(tmp_path, config, stage)
     (run,) = offline_runs(tmp_path)
-    assert run.alerts == [("losses", "diverge")]
+    ((title, text),) = run.alerts
+    assert title == "losses diverge"
+    assert text.startswith("the losses diverge at step 3, 'critic' moves up: critic 1 -> 9")
 
 
 @pytest.fixture
@@ -267,6 +277,36 @@ def test_server_that_does_not_answer_is_a_warning_and_the_run_goes_offline(
     assert "cannot be reached" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("settings", "is_tried"),
+    [
+        ({}, True),
+        ({"HTTPS_PROXY": "http://proxy.example:3128"}, False),
+        ({"HTTP_PROXY": "http://proxy.example:3128"}, True),
+        ({"https_proxy": "http://proxy.example:3128", "NO_PROXY": "wandb.example"}, True),
+        ({"https_proxy": "http://proxy.example:3128", "NO_PROXY": "elsewhere.example"}, False),
+    ],
+)
+def test_a_server_behind_a_proxy_is_not_tried_without_it(
+    without_key, monkeypatch, settings, is_tried
+):
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example")
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    tried = []
+
+    def refuse(address, timeout):
+        tried.append(address)
+        raise OSError("no route")
+
+    monkeypatch.setattr("socket.create_connection", refuse)
+    assert tracking._can_go_online("auto") is not is_tried
+    assert tried == ([("wandb.example", 443)] if is_tried else [])
+
+
 def test_online_without_a_key_is_a_warning(without_key, caplog):
     with caplog.at_level(logging.WARNING):
         assert not tracking._can_go_online("online")
@@ -295,12 +335,21 @@ def test_the_commit_of_a_checkout_and_whether_it_was_changed(tmp_path, monkeypat
 
     (tmp_path / "a.py").write_text("1")
     assert code_version(tmp_path).keys() == {"version"}
+    code_version.cache_clear()
     git("init", "-q")
     git("add", "a.py")
     git("commit", "-qm", "first")
     assert code_version(tmp_path) == {"commit": git("rev-parse", "HEAD"), "dirty": False}
     (tmp_path / "a.py").write_text("2")
+    assert not code_version(tmp_path)["dirty"]  # what runs is what was there at the start
+    code_version.cache_clear()
     assert code_version(tmp_path)["dirty"]
+
+
+def test_without_git_the_version_is_that_of_the_package(tmp_path, monkeypatch):
+    (tmp_path / ".git").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert code_version(tmp_path).keys() == {"version"}
 
 
 def test_a_broken_checkout_falls_back_to_the_package(tmp_path, caplog):
