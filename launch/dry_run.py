@@ -28,10 +28,9 @@ from data.codec import build_codec
 from data.targets import STORED
 from launch.build import export_stage, load_inputs, stage_type, train_stage
 from launch.export import load_export
+from launch.lock import POLL_SECONDS, hold_lock
 from launch.plan import check_stages, data_steps, plan_steps, run_folder, targets_folder
 from launch.steps import (
-    POLL_SECONDS,
-    hold_lock,
     is_complete,
     is_leader,
     require_parents,
