@@ -1,14 +1,13 @@
 """`run --dry-run` and `fit --dry-run`: one step of everything, and nothing is left of it.
 
 The config, the shards, the inputs, the strategy and the ranks are the real ones. What is written
-goes to a folder beside the stages' that is removed at the end, also after an error; its name
-begins with `.dry-run-`, and the next dry run removes what a killed one has left.
+goes to `.dry-run` beside the stages, which is removed at the end, also after an error; the next
+dry run removes what a killed one has left.
 """
 
 import contextlib
 import copy
 import io
-import os
 import shutil
 import time
 from collections.abc import Collection, Iterator
@@ -21,16 +20,14 @@ import lightning as L
 import torch
 
 from configs.errors import UserError
-from configs.load import config_hash
 from configs.schema import EvaluateConfig, RunConfig, StageConfig
 from data.codec import build_codec
 from data.targets import STORED
 from launch.build import export_stage, load_inputs, stage_type, train_stage
 from launch.export import load_export
+from launch.lock import hold_lock, wait_for_leader
 from launch.plan import check_stages, data_steps, plan_steps, run_folder, targets_folder
 from launch.steps import (
-    POLL_SECONDS,
-    hold_lock,
     is_complete,
     is_leader,
     require_parents,
@@ -47,10 +44,8 @@ from train.restore import restore
 from train.samples import SampleVideos
 from train.stage import Stage
 
-PREFIX = ".dry-run-"
+SCRATCH = ".dry-run"
 READY = "ready"
-LAUNCH_VARIABLES = ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "SLURM_STEP_ID", "MASTER_PORT")
-"""What tells one launch from another, alike on all its ranks."""
 
 
 def dry_run(config: RunConfig, *, stage_name: str | None = None) -> None:
@@ -77,7 +72,10 @@ def dry_run(config: RunConfig, *, stage_name: str | None = None) -> None:
         given = tuple(name for name in step.parents if not name.startswith("targets-"))
         require_parents(replace(step, parents=given), by_name, keys, root=root)
         names = [stage_name]
-    with hold_lock(root) if is_leader() else nullcontext(), scratch_folder(config, done) as scratch:
+    with (
+        hold_lock(root) if is_leader() else nullcontext("") as owner,
+        scratch_folder(config, done, owner) as scratch,
+    ):
         small = shrink(config, names, done, scratch=scratch)
         for name in names:
             try_stage(small, name)
@@ -91,34 +89,45 @@ def dry_run(config: RunConfig, *, stage_name: str | None = None) -> None:
 
 
 @contextmanager
-def scratch_folder(config: RunConfig, done: Collection[str]) -> Iterator[Path]:
+def scratch_folder(config: RunConfig, done: Collection[str], owner: str) -> Iterator[Path]:
     """A folder that ends with the block; below it, a run folder with links to the data there is.
 
     Args:
         config: Of the run.
         done: Names of the steps that are complete.
+        owner: On rank 0, what the lock of the run folder says; the other ranks go in when the
+            folder says the same and that rank is seen to be at work, so not into what a killed
+            dry run has left.
+
+    Raises:
+        PlanError: On another rank, if rank 0 is not at work.
     """
     root = run_folder(config)
-    launch = [os.environ.get(name, "") for name in LAUNCH_VARIABLES]
-    scratch = (root / f"{PREFIX}{config_hash(launch)[:8]}").resolve()
+    scratch = (root / SCRATCH).resolve()
     if not is_leader():
-        while not (scratch / READY).exists():
-            time.sleep(POLL_SECONDS)
+        wait_for_leader(root, lambda leader: leader != "" and _read_ready(scratch) == leader)
         yield scratch
         return
     try:
-        for left in root.glob(f"{PREFIX}*"):
-            shutil.rmtree(left)
+        if scratch.exists():
+            shutil.rmtree(scratch)
         data = scratch / config.name / "data"
         data.mkdir(parents=True)
         linked = [targets_folder(config, name) for name in config.stages]
         linked = [folder for folder in linked if folder.name in done]
         for folder in (root / "data" / "latents", *linked):
             (data / folder.name).symlink_to(folder.resolve())
-        (scratch / READY).touch()
+        (scratch / READY).write_text(owner)
         yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _read_ready(scratch: Path) -> str | None:
+    try:
+        return (scratch / READY).read_text()
+    except FileNotFoundError:
+        return None
 
 
 def shrink(

@@ -25,7 +25,8 @@ from launch.claims import claims_of
 from launch.contest import Job, contestants, plan_jobs
 from launch.exhibits import examine_heads, shown_contestants, write_videos
 from launch.held_out import prepare
-from launch.steps import hold_lock, say
+from launch.lock import hold_lock
+from launch.steps import say
 from launch.workers import run_jobs
 from train.fit import prepare_process
 

@@ -22,7 +22,8 @@ from configs.schema import RunConfig
 from data.datamodule import LatentBatches
 from data.files import write_atomically
 from launch.build import build_stage, load_inputs
-from launch.steps import hold_lock, say
+from launch.lock import hold_lock
+from launch.steps import say
 from train import checkpoint
 from train.callbacks import LINE_SECONDS
 from train.dissection import Finding, Loner

@@ -10,8 +10,8 @@ from pathlib import Path
 from configs.errors import UserError
 from configs.load import load_config, nearest
 from configs.schema import RunConfig
-from launch.plan import check_stages, run_folder
-from launch.steps import DONE, say
+from launch.plan import check_stages, plan_steps, run_folder
+from launch.steps import say, step_keys
 from train.world import SLURM, World, check_world
 
 NOTICE_SECONDS = 300
@@ -24,7 +24,8 @@ TEMPLATE = """\
 {directives}
 
 # SIGUSR1 comes before the time limit, SIGTERM at a preemption. Both are passed on to the tasks,
-# which write a whole checkpoint and end with 0. After SIGUSR1 the job queues up again.
+# which write a whole checkpoint and end with 0. Then the job queues up again, unless it is done or
+# was cancelled.
 
 set -u
 cd {folder} || exit 1
@@ -36,11 +37,15 @@ was_woken=no
 
 pass_on() {{
   was_woken=yes
-  if [ "$1" = USR1 ]; then was_notified=yes; fi
+  was_notified=yes
   if [ -n "$tasks" ]; then kill -s "$1" "$tasks" 2>/dev/null; fi
 }}
 trap 'pass_on USR1' USR1
 trap 'pass_on TERM' TERM
+
+# The last record of another plan, with other settings, has another key.
+is_done() {{ grep -qsF {key} {done}; }}
+is_cancelled() {{ scontrol show job "$SLURM_JOB_ID" | grep -q JobState=CANCELLED; }}
 
 srun --nodes={nodes} --ntasks-per-node={devices} --cpus-per-task={cpus} --kill-on-bad-exit=1 \\
   {command} &
@@ -54,10 +59,11 @@ while :; do
   if [ "$was_woken" = no ]; then break; fi
 done
 
-# 138: SIGUSR1 ended a task outside of training, in a step that continues next time.
-if [ "$was_notified" = yes ] && [ ! -e {done} ] &&
-  {{ [ "$status" -eq 0 ] || [ "$status" -eq 138 ]; }}; then
-  echo "out of time, and not done; job $SLURM_JOB_ID queues up again"
+# 138, 143: the signal ended a task outside of training, in a step that continues next time.
+can_continue=no
+case "$status" in 0 | 138 | 143) can_continue=yes ;; esac
+if [ "$was_notified$can_continue" = yesyes ] && ! is_done && ! is_cancelled; then
+  echo "out of time or preempted, and not done; job $SLURM_JOB_ID queues up again"
   scontrol requeue "$SLURM_JOB_ID"
   exit $?
 fi
@@ -88,6 +94,8 @@ def write_script(arguments: argparse.Namespace) -> None:
     """
     config = load_config(arguments.config)
     _check(config, arguments)
+    steps = plan_steps(config)
+    last = {step.name: step for step in steps}[arguments.stage or steps[-1].name]
     logs = run_folder(config) / "slurm"
     if re.search(r'["%\\\s]', str(logs.resolve())):
         raise UserError(
@@ -103,7 +111,8 @@ def write_script(arguments: argparse.Namespace) -> None:
         uses_gpus=config.trainer.accelerator != "cpu",
         job_name=arguments.job_name or config.name,
         logs=logs.resolve(),
-        done=_last_record(config, arguments).resolve(),
+        done=last.done_file.resolve(),
+        key=step_keys(steps)[last.name],
         limits={key: getattr(arguments, key) for key in ("time", "partition", "account")},
     )
     if arguments.out is None:
@@ -131,6 +140,7 @@ def build_script(
     job_name: str,
     logs: Path,
     done: Path,
+    key: str,
     limits: dict[str, str | None],
 ) -> str:
     """The text of the script.
@@ -143,7 +153,8 @@ def build_script(
         uses_gpus: Whether to ask for GPUs at all.
         job_name: Of the job.
         logs: Folder of its log, which must exist.
-        done: File that is there when the work is done.
+        done: Record that holds `key` when the work is done.
+        key: Of the last step of the work.
         limits: Further options by name; None = left out.
     """
     options = {
@@ -163,6 +174,7 @@ def build_script(
     return TEMPLATE.format(
         directives="\n".join(directives),
         done=shlex.quote(str(done)),
+        key=shlex.quote(key),
         folder=shlex.quote(str(Path.cwd())),
         first_port=FIRST_PORT,
         num_ports=NUM_PORTS,
@@ -182,12 +194,6 @@ def _command(arguments: argparse.Namespace) -> list[str]:
         *arguments.config,
     ]
     return words + (["--stage", arguments.stage] if arguments.stage else [])
-
-
-def _last_record(config: RunConfig, arguments: argparse.Namespace) -> Path:
-    """The record that the last step of the work leaves."""
-    last = "report" if config.evaluate.stages else list(config.stages)[-1]
-    return run_folder(config) / (arguments.stage or last) / DONE
 
 
 def _check(config: RunConfig, arguments: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Steps of a plan: which are complete, which continue, and one process per run folder.
+"""Steps of a plan: which are complete, and which continue.
 
 A step leaves two records. STARTED.json, written before it runs, says with which settings and
 inputs; DONE.json, written last and in one rename, says that it is complete. Both hold the step's
@@ -7,34 +7,23 @@ another key is set aside under `superseded/`, never deleted; one that holds unfi
 keeping, only when that is asked for.
 """
 
-import fcntl
 import json
 import os
-import socket
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.errors import UserError
 from configs.load import config_hash, to_dict
+from launch.lock import PlanError, hold_lock, wait_for_leader
 from train.world import process_rank
 
 RESULTS_VERSION = 3
 """Part of every key; raise it when a step gives other results from the same settings."""
 
 STARTED, DONE = "STARTED.json", "DONE.json"
-LOCK = ".lock"
-POLL_SECONDS = 0.2
-LEADER_SECONDS = 60.0
-"""That rank 0 may take to appear in the run folder, or to write its last record after leaving."""
-
-
-class PlanError(UserError):
-    """A step cannot run now, or the run folder is in use."""
 
 
 @dataclass(frozen=True)
@@ -194,36 +183,6 @@ def _protect_unfinished(steps: Sequence[Step], keys: Mapping[str, str]) -> None:
             step.protect(coming)
 
 
-@contextmanager
-def hold_lock(root: Path) -> Iterator[None]:
-    """Keep other processes out of the run folder `root` until the block ends.
-
-    The lock belongs to the process: it ends with it however it ends, and forked loader workers do
-    not inherit it.
-
-    Raises:
-        PlanError: If another process holds it.
-    """
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / LOCK).open("a+") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            owner = file.read().strip() or "unknown"
-            raise PlanError(
-                f"run folder {str(root)!r} must be free, found process {owner} at work in it; wait "
-                "for it to end, stop it, or choose another name=..."
-            ) from None
-        file.truncate(0)
-        file.write(f"{os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        try:
-            yield
-        finally:
-            file.truncate(0)
-
-
 def is_leader() -> bool:
     """Whether this process writes the records."""
     return process_rank() == 0
@@ -282,21 +241,5 @@ def _set_aside(step: Step, *, root: Path) -> None:
 
 
 def _wait_for(key: str, *records: Path, root: Path) -> None:
-    """Return when rank 0 has written one of the records.
-
-    Raises:
-        PlanError: If rank 0 does not hold the lock of the run folder: it has ended, or works in
-            another folder of this name.
-    """
-    missed = time.monotonic()
-    while all(recorded_key(record) != key for record in records):
-        lock = root / LOCK
-        if lock.exists() and lock.read_text():
-            missed = time.monotonic()
-        elif time.monotonic() - missed > LEADER_SECONDS:
-            raise PlanError(
-                f"rank 0 must be at work in run folder {str(root)!r} as this rank sees it, found "
-                f"it free for {LEADER_SECONDS:.0f} s; see what rank 0 said, and give a runs_dir "
-                "that all nodes share"
-            )
-        time.sleep(POLL_SECONDS)
+    """Return when rank 0 has written one of the records; raises as `wait_for_leader`."""
+    wait_for_leader(root, lambda _: any(recorded_key(record) == key for record in records))

@@ -183,10 +183,12 @@ def build_environment(world: World) -> ClusterEnvironment:
     if world.launcher == TORCHRUN:
         return TorchElasticEnvironment()
     if world.launcher == SLURM:
-        # Lightning reads the numbers of the job; those of the step are what runs.
+        # Lightning reads numbers and nodes of the job; those of the step are what runs.
         os.environ["SLURM_NTASKS"] = str(world.size)
         os.environ["SLURM_NTASKS_PER_NODE"] = str(world.devices)
         os.environ["SLURM_NNODES"] = str(world.num_nodes)
+        if "SLURM_STEP_NODELIST" in os.environ:
+            os.environ["SLURM_NODELIST"] = os.environ["SLURM_STEP_NODELIST"]  # rank 0 is its first
         return SLURMEnvironment(auto_requeue=False)
     return LightningEnvironment()
 

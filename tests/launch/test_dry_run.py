@@ -1,5 +1,7 @@
 """A dry run does everything once and leaves nothing."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from configs.load import load_config
 from launch import dry_run as dry
 from launch.__main__ import main
+from launch.lock import PlanError, hold_lock
 from train.teacher import Teacher
 
 SMALL = ["stages.teacher.batch=2", "evaluate.stages=[]"]
@@ -46,7 +49,7 @@ def test_a_stage_whose_inputs_are_missing_is_refused_also_dry(tiny, tmp_path, ca
 
 def test_a_dry_run_that_fails_leaves_nothing_either(tiny, tmp_path, capsys, monkeypatch):
     before = tree(tmp_path)
-    (tmp_path / "runs" / "tiny" / f"{dry.PREFIX}of-a-killed-one").mkdir()
+    (tmp_path / "runs" / "tiny" / dry.SCRATCH / "of-a-killed-one").mkdir(parents=True)
     restore = dry.restore
 
     def broken(stage, folder):
@@ -103,4 +106,44 @@ def test_a_whole_plan_runs_dry_after_its_data_and_with_a_finished_stage(tiny, tm
     tried = [line.split()[4].rstrip(":") for line in out.splitlines() if "dry run of stage" in line]
     assert tried == [name for name in load_config(tiny).stages if name != "teacher"]
     assert "dry run of evaluate: " in out
+    assert tree(run) == before
+
+
+STALE = "4711 on somewhere since long ago"
+LIGHTNING = [sys.executable]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
+def leave_killed_dry_run(run: Path) -> None:
+    """What a dry run that was killed at work leaves in a run folder."""
+    (run / dry.SCRATCH).mkdir(parents=True)
+    (run / dry.SCRATCH / dry.READY).write_text(STALE)
+    (run / ".lock").write_text(STALE)
+
+
+def test_a_rank_does_not_take_part_in_a_dry_run_that_was_killed(tmp_path, monkeypatch):
+    config = load_config([str(Path(__file__).parents[2] / "configs" / "tiny.yaml")])
+    config.runs_dir = str(tmp_path)
+    leave_killed_dry_run(run := dry.run_folder(config))
+    monkeypatch.setattr("launch.lock.LEADER_SECONDS", 0.5)
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(PlanError, match="found no sign of it"), dry.scratch_folder(config, [], ""):
+        pass
+    monkeypatch.setenv("RANK", "0")
+    with hold_lock(run) as owner, dry.scratch_folder(config, [], owner) as scratch:
+        assert (scratch / dry.READY).read_text() == (run / ".lock").read_text() == owner
+    assert not scratch.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [LIGHTNING, TORCHRUN])
+def test_two_ranks_run_dry_whoever_starts_them(tiny, tmp_path, launcher):
+    run, root = tmp_path / "runs" / "tiny", Path(__file__).parents[2]
+    before = tree(run)
+    leave_killed_dry_run(run)
+    words = [*tiny, "--stage", "teacher", "--dry-run", *SMALL]
+    words += ["trainer.devices=2", "trainer.strategy=ddp"]
+    command = ["timeout", "-k", "10", "100", *launcher, "-m", "launch", "fit", *words]
+    done = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True)
+    assert done.stdout.count("dry run: everything works; nothing of it is left") == 1
     assert tree(run) == before

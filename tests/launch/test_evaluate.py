@@ -147,7 +147,7 @@ def test_an_evaluation_computes_with_the_threads_of_its_run(config, ckpts, tmp_p
 HOLD = """
 import sys
 from pathlib import Path
-from launch.steps import hold_lock
+from launch.lock import hold_lock
 with hold_lock(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

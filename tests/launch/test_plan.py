@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from pathlib import Path
 
@@ -13,18 +12,15 @@ import pytest
 
 from configs.errors import UserError
 from configs.load import load_config
-from launch import steps as steps_module
+from launch.lock import PlanError, hold_lock, wait_for_leader
 from launch.plan import plan_steps, run, run_one
 from launch.steps import (
-    PlanError,
     Step,
-    hold_lock,
     is_complete,
     process_rank,
     run_one_step,
     run_steps,
     step_keys,
-    write_record,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -167,7 +163,7 @@ def start_holder(root: Path) -> subprocess.Popen:
         """
         import os, sys, time
         from pathlib import Path
-        from launch.steps import hold_lock
+        from launch.lock import hold_lock
         with hold_lock(Path(sys.argv[1])):
             if os.fork() == 0:  # as a loader worker that outlives its parent
                 time.sleep(3)
@@ -219,7 +215,7 @@ def test_another_rank_waits_for_rank_0_and_joins_only_steps_for_all_ranks(plan, 
     steps[1] = Step(**{**vars(steps[1]), "on_all_ranks": True})
     keys = step_keys(steps)
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(steps_module, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr("launch.lock.POLL_SECONDS", 0.0)
     order = []
 
     def other_rank(_: float) -> None:
@@ -393,21 +389,80 @@ def test_an_external_input_counts_by_its_content(tmp_path):
 
 
 def test_a_rank_does_not_wait_for_ever_for_a_leader_that_is_not_there(tmp_path, monkeypatch):
-    monkeypatch.setattr("launch.steps.LEADER_SECONDS", 0.5)
+    monkeypatch.setattr("launch.lock.LEADER_SECONDS", 0.5)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
     step = Step(name="one", folder=tmp_path / "one", settings={}, run=lambda: None)
     with pytest.raises(PlanError, match=r"must be at work in run folder .* that all nodes share"):
         run_steps([step], root=tmp_path)
-    # A leader that is there is waited for.
-    leave = threading.Event()
+    # What a killed leader has left in the lock is no sign of life.
+    (tmp_path / ".lock").write_text("1 on somewhere")
+    with pytest.raises(PlanError, match=r"found no sign of it for 0 s"):
+        run_steps([step], root=tmp_path)
 
-    def lead():
-        (tmp_path / ".lock").write_text("1 on somewhere")
-        leave.wait(1.5)
-        write_record(step.done_file, {"key": step_keys([step])["one"]})
 
-    leader = threading.Thread(target=lead)
-    leader.start()
-    run_steps([step], root=tmp_path)
-    leader.join()
+HOLDER = """
+import sys
+from pathlib import Path
+from launch import lock
+lock.BEAT_SECONDS = 0.1
+with lock.hold_lock(Path(sys.argv[1])) as owner:
+    print(owner, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_rank_waits_for_a_leader_that_is_at_work_until_it_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr("launch.lock.LEADER_SECONDS", 1.0)
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as holder:
+        owner, begin = holder.stdout.readline().strip(), time.monotonic()
+        seen = []
+
+        def is_ready(found: str) -> bool:
+            seen.append(found)
+            return time.monotonic() - begin > 2.5
+
+        wait_for_leader(tmp_path, is_ready)
+        assert seen[0] == "", "one look does not tell a living leader from a dead one"
+        assert seen[-1] == owner
+        holder.kill()
+        holder.wait(timeout=10)
+        assert (tmp_path / ".lock").read_text() == owner
+        with pytest.raises(PlanError, match="found no sign of it for 1 s"):
+            wait_for_leader(tmp_path, lambda _: False)
+
+
+def test_a_child_of_lightning_ends_soon_after_its_parent(tmp_path):
+    child = """if True:
+        import sys
+        from pathlib import Path
+        from launch.lock import PlanError, wait_for_leader
+        out = Path(sys.argv[1])
+        def is_ready(_):
+            (out / "waiting").touch()
+            return False
+        try:
+            wait_for_leader(out, is_ready)
+        except PlanError as error:
+            (out / "said").write_text(str(error))
+    """
+    parent = """if True:
+        import os, subprocess, sys, time
+        from pathlib import Path
+        environ = os.environ | {"LOCAL_RANK": "1"}
+        subprocess.Popen([sys.executable, "-c", *sys.argv[1:]], env=environ)
+        while not (Path(sys.argv[2]) / "waiting").exists():
+            time.sleep(0.05)
+    """
+    command = [sys.executable, "-c", parent, child, str(tmp_path)]
+    done = subprocess.Popen(command, cwd=ROOT)
+    assert done.wait(timeout=30) == 0
+    deadline = time.monotonic() + 10
+    while not (tmp_path / "said").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert f"found its process {done.pid}, which started this rank, at its end" in (
+        (tmp_path / "said").read_text()
+    )

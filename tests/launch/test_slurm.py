@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from configs.load import load_config
 from launch.__main__ import main
+from launch.plan import plan_steps
 from launch.slurm import build_script
+from launch.steps import step_keys
 from tests.launch.test_cli import fails
 from train.checkpoint import newest_whole, step_of
 
@@ -46,6 +49,16 @@ sys.exit(max(status if status >= 0 else 128 - status for status in statuses))
 """
 
 
+SCONTROL = """#!/bin/sh
+if [ "$1" = show ]; then
+  echo "JobId=$3 JobName=toy"
+  echo "   JobState=${{JOB_STATE:-RUNNING}} Reason=None"
+else
+  echo "$@" >> {log}
+fi
+"""
+
+
 @pytest.fixture
 def cluster(tmp_path, monkeypatch):
     """cluster(srun) -> puts programs called srun and scontrol first in PATH."""
@@ -58,7 +71,7 @@ def cluster(tmp_path, monkeypatch):
 
     def install(srun):
         program("srun", srun)
-        program("scontrol", f'#!/bin/sh\necho "$@" >> {tmp_path}/scontrol.log\n')
+        program("scontrol", SCONTROL.format(log=tmp_path / "scontrol.log"))
         monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
         monkeypatch.setenv("SLURM_JOB_ID", "5")
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
@@ -87,6 +100,7 @@ def toy_script(tmp_path, *words) -> Path:
             job_name="toy",
             logs=tmp_path,
             done=folder / "final.safetensors",
+            key="F32",  # a word of that file
             limits={},
         )
     )
@@ -184,7 +198,8 @@ exit 99
         ("USR1", {"usr1": 138, "term": 0}, 0, True),
         ("USR1", {"usr1": 1, "term": 0}, 1, False),
         ("USR1", {"usr1": 2, "term": 0}, 2, False),
-        ("TERM", {"usr1": 0, "term": 0}, 0, False),
+        ("TERM", {"usr1": 0, "term": 0}, 0, True),
+        ("TERM", {"usr1": 0, "term": 143}, 143, True),
         ("TERM", {"usr1": 0, "term": 3}, 3, False),
     ],
 )
@@ -200,7 +215,7 @@ def test_signals_reach_the_tasks_and_only_what_can_continue_is_requeued(
         assert time.monotonic() < deadline
         time.sleep(0.02)
     job.send_signal(getattr(signal, f"SIG{sent}"))
-    assert job.wait(timeout=20) == status
+    assert job.wait(timeout=20) == (0 if queued else status)
     assert seen.read_text() == f"{sent}\n"
     assert requeued(tmp_path) == (["requeue 5"] if queued else [])
 
@@ -213,14 +228,47 @@ def test_a_job_that_ends_by_itself_is_not_requeued(tmp_path, cluster, status):
     assert requeued(tmp_path) == []
 
 
-def test_a_job_that_is_done_as_its_time_runs_out_is_not_requeued(tmp_path, cluster, monkeypatch):
+@pytest.mark.parametrize(
+    ("sent", "record", "state", "queued"),
+    [
+        ("USR1", "this plan: F32", "RUNNING", False),
+        ("USR1", "an older one: F64", "RUNNING", True),
+        ("TERM", "this plan: F32", "PREEMPTED", False),
+        ("TERM", "an older one: F64", "PREEMPTED", True),
+        ("TERM", "an older one: F64", "CANCELLED", False),
+    ],
+)
+def test_a_job_that_is_done_or_cancelled_is_not_requeued(
+    tmp_path, cluster, monkeypatch, sent, record, state, queued
+):
     cluster(FAKE_TASK.format(usr1=0, term=0))
     monkeypatch.setenv("SEEN", str(tmp_path / "seen"))
+    monkeypatch.setenv("JOB_STATE", state)
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "final.safetensors").touch()
+    (tmp_path / "run" / "final.safetensors").write_text(record)
     job = subprocess.Popen(["bash", toy_script(tmp_path)])
     while not (tmp_path / "seen").exists():
         time.sleep(0.02)
-    job.send_signal(signal.SIGUSR1)
+    job.send_signal(getattr(signal, f"SIG{sent}"))
     assert job.wait(timeout=20) == 0
-    assert requeued(tmp_path) == []
+    assert requeued(tmp_path) == (["requeue 5"] if queued else [])
+
+
+def test_the_script_looks_for_the_key_of_the_last_step(tmp_path, capsys):
+    words = [TINY, MANY, f"runs_dir={tmp_path}"]
+
+    def sought(*more: str) -> str:
+        assert main(["slurm", *words, *more, *SIZE]) == 0
+        return re.search(r"grep -qsF (.*); }$", capsys.readouterr().out, re.MULTILINE)[1]
+
+    keys = step_keys(plan_steps(load_config(words)))
+    assert sought() == f"{keys['report']} {tmp_path}/tiny/report/DONE.json"
+    teacher = ["--verb", "fit", "--stage", "teacher"]
+    record = f"{tmp_path}/tiny/teacher/DONE.json"
+    assert sought(*teacher) == f"{keys['teacher']} {record}"
+    changed = sought(*teacher, "stages.teacher.steps=9")
+    assert changed.endswith(record)
+    assert keys["teacher"] not in changed
+    words.append("evaluate.stages=[]")
+    keys = step_keys(plan_steps(load_config(words)))
+    assert sought() == f"{keys['control']} {tmp_path}/tiny/control/DONE.json"

@@ -22,11 +22,11 @@ FEW = {
     "salience": ("saved", 1),
     "streaming": ("mid-save", 1),
 }
-# Only rank 0 moves the pointer.
+# The three moments on either rank; but only rank 0 moves the pointer.
 ALL = [
     (kind, moment, rank)
     for kind in KINDS
-    for moment in EVENTS
+    for moment in ("mid-step", "mid-save", "before-pointer")
     for rank in (0, 1)
     if (moment, rank) != ("before-pointer", 1)
 ]

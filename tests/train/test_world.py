@@ -103,6 +103,18 @@ def test_lightning_gets_the_environment_of_the_launcher(monkeypatch):
     assert isinstance(build_environment(World(NONE, 0, 1, 1)), LightningEnvironment)
 
 
+def test_rank_0_is_sought_on_the_first_node_of_the_step(monkeypatch):
+    for key, value in (TASK | STEP | {"SLURM_NTASKS_PER_NODE": "2"}).items():
+        monkeypatch.setenv(key, value)
+    for of_step, expected in ((None, "node3"), ("node[04,5]", "node04")):
+        monkeypatch.setenv("MASTER_ADDR", "")  # which Lightning sets: put back after the test
+        monkeypatch.delenv("MASTER_ADDR")
+        monkeypatch.setenv("SLURM_NODELIST", "node[3-5]")
+        if of_step is not None:
+            monkeypatch.setenv("SLURM_STEP_NODELIST", of_step)
+        assert build_environment(launched_world()).main_address == expected
+
+
 def test_the_command_line_starts_without_lightning():
     code = "import launch.__main__, sys; sys.exit('lightning' in sys.modules)"
     command = [sys.executable, "-c", code]
