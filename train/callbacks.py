@@ -144,11 +144,14 @@ class Checkpoints(L.Callback):
         self._writer.join(FINISH_SECONDS)
 
     def _write(self, trainer: L.Trainer, stage: Stage) -> None:
+        rows = [logger for logger in trainer.loggers if isinstance(logger, JsonlLogger)]
+
+        def bring_rows_to_disk() -> None:
+            for logger in rows:
+                logger.save()
+
         with stage.spans("checkpoint"):
-            for logger in trainer.loggers:
-                if isinstance(logger, JsonlLogger):
-                    logger.save()
-            self._writer.start(stage.snapshot())
+            self._writer.start(stage.snapshot(), after=bring_rows_to_disk)
 
 
 class Records(L.Callback):

@@ -124,12 +124,13 @@ class Shelf:
     group: Any = None
 
 
-def write(snapshot: Snapshot, shelf: Shelf) -> Path:
+def write(snapshot: Snapshot, shelf: Shelf, *, after: Callable[[], None] = lambda: None) -> Path:
     """Write a checkpoint of all ranks; every rank calls this with its own snapshot.
 
     Args:
         snapshot: Of this rank; all ranks' are of the same step.
         shelf: Where it goes.
+        after: What rank 0 brings to the disk before, as the checkpoint says that it is there.
 
     Returns:
         The new folder. If one of the same step exists it is kept as it is.
@@ -143,6 +144,7 @@ def write(snapshot: Snapshot, shelf: Shelf) -> Path:
     def together(action: Callable[[], Result], *, by_all: bool = True) -> list[Result]:
         return _together(action, part, shelf.group, by_all=by_all)
 
+    together(after, by_all=False)
     if together(lambda: _prepare(final, part), by_all=False)[0]:
         return final
     ranks = together(lambda: _write_rank(snapshot, part))

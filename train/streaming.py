@@ -116,6 +116,8 @@ class Streaming(DistributionMatching):
         """No stream yet: the first step starts one per micro-batch."""
         self.streams: list[Stream] = []
         self._first_batch: LatentBatch | None = None
+        self._shown: tuple[Tensor, Tensor] | None = None
+        """Last window and prompt of the first micro-batch, for previews."""
 
     def start_stream(self, batch: LatentBatch, step: int) -> Stream:
         """Streams that continue the first true frames of a batch."""
@@ -191,6 +193,7 @@ class Streaming(DistributionMatching):
                 for stream in self.streams:
                     self.next_window(stream, step, frames, grad=False)
         metrics |= self.optimise("critic", critic, self.streams)
+        self._shown = self.streams[0].history, self.streams[0].text
         length = self.streams[0].cache.num_frames
         if length + self.params.chunk_frames > self.params.stream_frames:
             self.streams = []
@@ -249,20 +252,20 @@ class Streaming(DistributionMatching):
 
     @torch.no_grad()
     def preview(self, batch: LatentBatch) -> Tensor | None:
-        """The last window of the running streams.  [B, F, C, H, W]."""
-        return self.streams[0].history if self.streams else None
+        """The last window of the running streams, or of those that just ended.  [B, F, C, H, W]."""
+        return self._shown[0] if self._shown is not None else None
 
     @torch.no_grad()
     def preview_salience(self, batch: LatentBatch) -> Tensor | None:
         """The head on that window, as if nothing had come before.  [B, F, rows, columns]."""
-        if not self.streams:
+        if self._shown is None:
             return None
-        stream, head = self.streams[0], self.frozen["head"]
+        (window, text), head = self._shown, self.frozen["head"]
         assert isinstance(head, SalienceHead)
         hidden = clean_hidden(
             self.engine("student"),
-            stream.history,
-            stream.text,
+            window,
+            text,
             frames_per_block=self.frames_per_block,
             block_len=self.block_len,
         )

@@ -1,6 +1,7 @@
 """Checkpoints written in the background, while training goes on."""
 
 import threading
+from collections.abc import Callable
 
 from train.checkpoint import Shelf, Snapshot, write
 
@@ -22,15 +23,19 @@ class CheckpointWriter:
         """Whether a checkpoint could not be written; the error is raised by `wait`."""
         return self._error is not None
 
-    def start(self, snapshot: Snapshot) -> None:
+    def start(self, snapshot: Snapshot, *, after: Callable[[], None]) -> None:
         """Write `snapshot` as soon as the one before is written.
+
+        Args:
+            snapshot: Of this rank.
+            after: As in `write`.
 
         Raises:
             CheckpointError: If the one before could not be written; nothing more is then.
         """
         self.wait()
         # A thread that cannot end, as another rank is gone, must not keep the process alive.
-        self._thread = threading.Thread(target=self._write, args=(snapshot,), daemon=True)
+        self._thread = threading.Thread(target=self._write, args=(snapshot, after), daemon=True)
         self._thread.start()
 
     def join(self, seconds: float | None = None) -> None:
@@ -49,8 +54,8 @@ class CheckpointWriter:
         if self._error is not None:
             raise self._error
 
-    def _write(self, snapshot: Snapshot) -> None:
+    def _write(self, snapshot: Snapshot, after: Callable[[], None]) -> None:
         try:
-            write(snapshot, self.shelf)
+            write(snapshot, self.shelf, after=after)
         except BaseException as error:  # noqa: BLE001  `wait` raises it in the main thread
             self._error = error

@@ -73,10 +73,14 @@ def test_the_map_of_a_stream_shows_its_last_window():
     stage.update(batch(), 0)
     found, shown = stage.preview_salience(batch()), stage.preview(batch())
     assert found.shape == (*shown.shape[:2], 2, 3)
-    stage.streams[0].history = shown.clone()
-    stage.streams[0].history[:, -1] += 1  # a causal head sees it in the last block only
+    other = shown.clone()
+    other[:, -1] += 1  # a causal head sees it in the last block only
+    stage._shown = other, batch().text
     changed = (stage.preview_salience(batch()) != found).flatten(2).any(dim=2)[0]
     assert changed.tolist() == [False] * (shown.shape[1] - 2) + [True] * 2
+    while stage.streams:
+        stage.update(batch(), 1)
+    assert stage.preview(batch()).shape[1] == FRAMES, "a stream that just ended is shown"
 
 
 def test_hidden_states_are_those_of_a_masked_clean_pass():
