@@ -290,6 +290,20 @@ class SplitZero(WholeZero):
 class ShardedZero(SplitZero):
     """The same under ZeRO-3: a rank holds its share of every parameter, and nothing else."""
 
+    def close(self) -> None:
+        """Free all tensors, too: some of DeepSpeed's objects outlive their engine."""
+        zero = self._engine.optimizer
+        super().close()
+        self.optimizer.state.clear()
+        self._ema = []
+        zero.lp_param_buffer = None
+        for kept in (
+            zero.fp32_partitioned_groups_flat,
+            zero.fp16_partitioned_groups_flat,
+            zero.fp16_partitioned_groups,
+        ):
+            kept.clear()
+
     def layout(self) -> list[Piece]:
         """This rank's share of every parameter; padding belongs to none."""
         zero, pieces = self._engine.optimizer, []
@@ -332,12 +346,15 @@ class ShardedZero(SplitZero):
 
 
 def _destroy(engine: Any) -> None:
-    """Free what a DeepSpeed engine holds, and what it leaves in a list of its module."""
+    """Take the hooks off a DeepSpeed engine's network, free shares, empty a list that names it."""
     from deepspeed.runtime.zero import parameter_offload
 
     stack = parameter_offload.FWD_MODULE_STACK
     stack[:] = [module for module in stack if module is not engine.module]
     engine.destroy()
+    for parameter in engine.module.parameters():
+        if hasattr(parameter, "ds_tensor"):
+            parameter.ds_tensor.data = parameter.ds_tensor.data.new_empty(0)
 
 
 def _bare_stage(strategy: Strategy) -> Stage:

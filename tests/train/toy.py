@@ -228,7 +228,13 @@ def main(words: list[str]) -> None:
     folder, networks = train_as_told(words)
     gc.collect()
     if rank() == 0:
-        (folder / "still_held").write_text(str(sum(one() is not None for one in networks)))
+        (folder / "still_held").write_text(str(sum(elements(one()) for one in networks)))
+
+
+def elements(network: nn.Module | None) -> int:
+    """Elements of the parameters of a network, of this rank's shares of them at least."""
+    parameters = [] if network is None else list(network.parameters())
+    return sum(max(p.numel(), getattr(p, "ds_tensor", p).numel()) for p in parameters)
 
 
 def train_as_told(words: list[str]) -> tuple[Path, list[weakref.ref]]:
