@@ -101,6 +101,7 @@ class Loner:
         self.stage = copy.copy(stage)  # a second set of attributes around the same networks
         self.stage.config = replace(stage.config, batch=1, micro_batch=0)
         self.bystanders = {name: Bystander(engine) for name, engine in stage.engines.items()}
+        self.stage.counters = dict(stage.counters)
         self.stage.engines = cast(dict[str, Engine], self.bystanders)
         self.stage.setup_stage()
 

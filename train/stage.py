@@ -59,7 +59,7 @@ class Stage(L.LightningModule):
         frozen: Networks that are only read; in evaluation mode, without gradients.
         engines: By name; there from the moment the strategy has been set up.
         completed: Steps that are done.
-        counters: Whole numbers that a checkpoint keeps.
+        counters: Whole numbers that a checkpoint keeps, `updates/NETWORK` among them.
         frames_per_block: Latent frames denoised together.
         frame_seq_len: Tokens per latent frame.
         metrics: What has been reported since the last row of metrics.
@@ -266,6 +266,8 @@ class Stage(L.LightningModule):
                 norm = engine.step(rate)
         except NonFiniteGradientError as error:
             raise NonFiniteError(name, loss=float(total), norm=error.norm) from error
+        updates = f"updates/{name}"
+        self.counters[updates] = self.counters.get(updates, 0) + 1
         return {f"loss/{name}": total, f"grad_norm/{name}": norm, f"lr/{name}": rate}
 
     def batch_at_work(self, batch: Any) -> Any:

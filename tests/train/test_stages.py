@@ -68,6 +68,13 @@ def test_distillation_moves_student_and_critic_and_nothing_at_rate_zero():
         assert not changed(stage.frozen["teacher"], teacher)
 
 
+def test_updates_of_each_network_are_counted():
+    stage = build("distill", {"student_every": 2})
+    for step in range(3):
+        stage.update(batch(first_seed=10 + step), step)
+    assert stage.counters == {"updates/student": 2, "updates/critic": 3}
+
+
 def test_the_student_waits_while_only_the_critic_learns():
     stage = distill()
     stage.params.student_every = 3
