@@ -52,5 +52,5 @@ def test_every_command_works(tmp_path):
     assert (tmp_path / "runs/demo/again/results.json").is_file()
     assert (tmp_path / "weights/manifest.json").is_file()
     assert (tmp_path / "runs/parts/teacher/DONE.json").is_file()
-    assert "srun" in (tmp_path / "tiny.sbatch").read_text()
+    assert "srun" in (tmp_path / "demo.sbatch").read_text()
     assert (tmp_path / "runs/two/evaluate/results.json").is_file()
