@@ -348,7 +348,7 @@ VERBS: dict[str, Verb] = {
     ),
     "slurm": Verb(
         "Check a plan and write the sbatch script that carries it out on many nodes.",
-        "slurm configs/demo.yaml trainer.strategy=deepspeed --nodes 2 --gpus-per-node 8 "
+        "slurm configs/demo.yaml configs/cluster.yaml --nodes 2 --gpus-per-node 8 "
         "--time 24:00:00 --out demo.sbatch",
         _slurm_arguments,
         _slurm,

@@ -26,7 +26,7 @@ from data.targets import STORED
 from launch.build import export_stage, load_inputs, stage_type, train_stage
 from launch.export import load_export
 from launch.lock import hold_lock, wait_for_leader
-from launch.plan import check_stages, data_steps, plan_steps, run_folder, targets_folder
+from launch.plan import check_run, data_steps, plan_steps, run_folder, targets_folder
 from launch.steps import (
     is_complete,
     is_leader,
@@ -58,7 +58,7 @@ def dry_run(config: RunConfig, *, stage_name: str | None = None) -> None:
     Raises:
         UserError: If anything of it does not work.
     """
-    check_stages(config)
+    check_run(config)
     root = run_folder(config)
     if stage_name is None:
         say("dry run: the data is needed anyway, it is made if it is not there, and stays")

@@ -14,6 +14,7 @@ from launch.export import find_export, read_manifest
 from launch.source import fingerprint, list_videos, write_list
 from launch.steps import Step, is_leader, run_one_step, run_steps
 from models.kv_policies import build_policy
+from train.world import resolve_world
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -46,7 +47,7 @@ def run(config: RunConfig, *, restart: bool = False) -> None:
         UserError: If the plan cannot work, another process is at work in the run folder, or an
             unfinished stage holds checkpoints that were made with other settings.
     """
-    check, root = (lambda: check_stages(config)), run_folder(config)
+    check, root = (lambda: check_run(config)), run_folder(config)
     run_steps(plan_steps(config), root=root, check=check, restart=restart)
 
 
@@ -65,19 +66,31 @@ def run_one(config: RunConfig, name: str, *, restart: bool = False) -> None:
     names = [step.name for step in steps]
     if name not in names:
         raise ConfigError(f"the plan has the steps {names}, found {name!r}{nearest(name, names)}")
-    check = (lambda: check_stages(config)) if name in config.stages else None
+    check = (lambda: check_run(config)) if name in config.stages else None
     for wanted in (_target_step_name(name), name):
         if wanted in names:
             run_one_step(steps, wanted, root=run_folder(config), check=check, restart=restart)
 
 
-def check_stages(config: RunConfig) -> None:
-    """Raise `ConfigError` if a stage is of no known kind or its params cannot work."""
+def check_run(config: RunConfig) -> None:
+    """Raise `ConfigError` if the stages cannot work, or not on the ranks that are there."""
+    check_stages(config, ranks=resolve_world(config.trainer).size)
+
+
+def check_stages(config: RunConfig, *, ranks: int = 1) -> None:
+    """Raise `ConfigError` if a stage is of no known kind or its settings cannot work.
+
+    Args:
+        config: Of the run.
+        ranks: That share out every batch.
+    """
     from launch.build import stage_type
+    from train.stage import rank_share
 
     for name, stage in config.stages.items():
         key, cls = f"stages.{name}", stage_type(stage.kind)
         params: Any = parse_section(cls.params_type, stage.params, key=f"{key}.params")
+        rank_share(stage, ranks)
         cls.check(stage, params, key=key, block=config.model.frames_per_block)
         _check_cache(to_dict(params), f"{key}.params", config)
         wanted = sorted(cls.network_sources)

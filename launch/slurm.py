@@ -197,13 +197,13 @@ def _command(arguments: argparse.Namespace) -> list[str]:
 
 
 def _check(config: RunConfig, arguments: argparse.Namespace) -> None:
-    check_stages(config)
     for name in ("nodes", "gpus_per_node", "cpus_per_task"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be 1 or more, found {value}")
     world = World(SLURM, 0, arguments.gpus_per_node, arguments.nodes)
     check_world(config.trainer, world)
+    check_stages(config, ranks=world.size)
     if (arguments.verb == "fit") != (arguments.stage is not None):
         raise UserError("--stage belongs to --verb fit, and that needs it; give both or neither")
     if arguments.stage is not None and arguments.stage not in config.stages:

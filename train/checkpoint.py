@@ -114,7 +114,7 @@ class Shelf:
     Attributes:
         folder: Of all checkpoints of the stage.
         keep: Newest whole checkpoints that stay.
-        keep_every: Those of steps that are multiples of it stay, too; 0 = none.
+        keep_every: The first at or behind every multiple of it stays for good; 0 = none.
         group: That ranks agree in, see `train.ranks.gather_objects`.
     """
 

@@ -3,14 +3,14 @@
 import copy
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from train.engine import Engine, Piece
+from train.engine import Engine, SingleEngine
 from train.randomness import generators_of
 from train.stage import Stage, split_batch
 
@@ -41,35 +41,15 @@ class Finding:
         return not self.inputs and all(math.isfinite(number) for number in numbers)
 
 
-class Bystander:
+class Bystander(SingleEngine):
     """In an engine's place: gradients are computed, looked at and dropped; nothing is updated."""
 
+    is_written_here = False
+
     def __init__(self, engine: Engine) -> None:
-        self.name, self.module, self.settings = engine.name, engine.module, engine.settings
+        Engine.__init__(self, engine.name, engine.module, engine.settings)
         self.norm = math.nan
         self.not_finite: list[str] = []
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The forward pass of the network."""
-        return self.module(*args, **kwargs)
-
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradient of `loss`."""
-        loss.backward()
-
-    def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
-        """There is only one."""
-        return nullcontext()
-
-    def layout(self) -> list[Piece]:
-        """Nothing: who looks on is never saved."""
-        return []
-
-    is_written_here = True
-
-    def shard_state(self) -> dict[str, Tensor]:
-        """Nothing: who looks on is never restored."""
-        return {}
 
     def step(self, lr: float) -> float:
         """Measure the gradient in place of using it."""
@@ -102,7 +82,7 @@ class Loner:
         self.stage.config = replace(stage.config, batch=1, micro_batch=0)
         self.bystanders = {name: Bystander(engine) for name, engine in stage.engines.items()}
         self.stage.counters = dict(stage.counters)
-        self.stage.engines = cast(dict[str, Engine], self.bystanders)
+        self.stage.engines = dict(self.bystanders)
         self.stage.setup_stage()
 
     def observe(self, batch: Any, step: int) -> Finding:

@@ -83,7 +83,7 @@ class Engine(ABC):
     """A trainable network with its optimiser.
 
     The float32 tensors that the optimiser updates are called masters. They are the parameters
-    themselves, or this rank's slices of them.
+    themselves, the same on all ranks; engines that hold slices of them override what differs.
 
     Attributes:
         name: Of the network, as in `StageConfig.optimizers`.
@@ -113,14 +113,15 @@ class Engine(ABC):
             last: Whether it is the last one before `step`; ranks need to agree only then.
         """
 
-    @abstractmethod
     def layout(self) -> list[Piece]:
         """What the masters of this rank are made of; padding is left out."""
+        named = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
+        return [Piece(name, 0, p.numel(), number, 0) for number, (name, p) in enumerate(named)]
 
     @property
-    @abstractmethod
     def is_written_here(self) -> bool:
         """Whether a checkpoint takes this rank's masters, or those of another that are the same."""
+        return rank() == 0
 
     @abstractmethod
     def _update(self) -> float:
@@ -131,9 +132,9 @@ class Engine(ABC):
     def optimizer(self) -> torch.optim.Optimizer:
         """The AdamW that holds the masters."""
 
-    @abstractmethod
     def _masters_changed(self) -> None:
         """Carry new values of the masters over to the parameters of the network."""
+        return
 
     def close(self) -> None:
         """Let go of everything outside this object; the engine is of no use afterwards."""
@@ -262,6 +263,15 @@ class Engine(ABC):
             average.copy_(own)
         self._masters_changed()
 
+    def _clip(self) -> float:
+        """Scale the gradients of whole masters down to the norm that is set; the norm before."""
+        masters = self._masters()
+        norm = torch.nn.utils.get_total_norm([master.grad for master in masters])  # type: ignore[misc]
+        length = self._check_finite(float(norm))
+        if self.settings.clip > 0:
+            torch.nn.utils.clip_grads_with_norm_(masters, self.settings.clip, norm)
+        return length
+
     def _check_finite(self, norm: float) -> float:
         if not (0 <= norm < float("inf")):
             error = NonFiniteGradientError(
@@ -298,30 +308,14 @@ class SingleEngine(Engine):
         """Nothing to prepare."""
         return nullcontext()
 
-    def layout(self) -> list[Piece]:
-        """Every parameter whole."""
-        return whole_parameters(self.module)
-
-    @property
-    def is_written_here(self) -> bool:
-        """Rank 0's are taken: all ranks hold the same."""
-        return rank() == 0
-
-    def _masters_changed(self) -> None:
-        """Nothing: the masters are the parameters."""
-
     def _update(self) -> float:
-        masters = self._masters()
-        for master in masters:
+        for master in self._masters():
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
-        norm = torch.nn.utils.get_total_norm([master.grad for master in masters])  # type: ignore[misc]
-        length = self._check_finite(float(norm))
-        if self.settings.clip > 0:
-            torch.nn.utils.clip_grads_with_norm_(masters, self.settings.clip, norm)
+        norm = self._clip()
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return length
+        return norm
 
 
 class ReplicatedEngine(SingleEngine):
@@ -349,12 +343,6 @@ def build_engines(
         for name, spec in specs.items()
         if spec.optim is not None
     }
-
-
-def whole_parameters(module: nn.Module) -> list[Piece]:
-    """The layout of masters that are the trainable parameters themselves."""
-    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    return [Piece(name, 0, p.numel(), number, 0) for number, (name, p) in enumerate(named)]
 
 
 def host_copy(value: Tensor) -> Tensor:

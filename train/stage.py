@@ -242,7 +242,7 @@ class Stage(L.LightningModule):
             name: Of the engine.
             loss: From a part to a scalar, the mean over the part; a part's graph is gone before
                 the next part's is built.
-            parts: of equal size, such as `micro_batches(batch)`.
+            parts: Of equal size, such as `micro_batches(batch)`.
 
         Returns:
             What to report: `loss/<name>`, the mean over the parts; `grad_norm/<name>`, the norm

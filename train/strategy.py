@@ -35,7 +35,6 @@ from train.engine import (
     build_engines,
     build_optimizer,
     host_copy,
-    whole_parameters,
 )
 from train.ranks import rank
 from train.stage import Stage
@@ -230,26 +229,10 @@ class WholeZero(Engine):
         self._engine.set_gradient_accumulation_boundary(last)
         return nullcontext()
 
-    def layout(self) -> list[Piece]:
-        """Every parameter whole."""
-        return whole_parameters(self.module)
-
-    @property
-    def is_written_here(self) -> bool:
-        """Rank 0's are taken: all ranks hold the same."""
-        return rank() == 0
-
     def _update(self) -> float:
-        masters = self._masters()
-        norm = torch.nn.utils.get_total_norm([master.grad for master in masters])  # type: ignore[misc]
-        length = self._check_finite(float(norm))
-        if self.settings.clip > 0:
-            torch.nn.utils.clip_grads_with_norm_(masters, self.settings.clip, norm)
+        norm = self._clip()
         self._engine.step()
-        return length
-
-    def _masters_changed(self) -> None:
-        """Nothing: the masters are the parameters."""
+        return norm
 
 
 class SplitZero(WholeZero):

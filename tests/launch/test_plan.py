@@ -322,9 +322,17 @@ def test_a_step_that_is_not_in_the_plan_is_named_with_the_nearest(tmp_path):
         run_one(tiny(tmp_path), "ecode")
 
 
-def test_a_plan_that_cannot_work_starts_nothing(tmp_path):
-    with pytest.raises(UserError, match="did you mean 'statistics_steps'"):
-        run(tiny(tmp_path, "stages.salience.params.statistic_steps=2"))
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["stages.salience.params.statistic_steps=2"], "did you mean 'statistics_steps'"),
+        (["stages.causal.micro_batch=3"], "'causal' stage must be .* = 1 x 3, found 4"),
+        (["trainer.strategy=ddp", "trainer.devices=4"], "'distill' stage .* = 4 x 1, found 2"),
+    ],
+)
+def test_a_plan_that_cannot_work_starts_nothing(tmp_path, overrides, message):
+    with pytest.raises(UserError, match=message):
+        run(tiny(tmp_path, *overrides))
     assert [path.name for path in (tmp_path / "tiny").iterdir()] == [".lock"]
 
 

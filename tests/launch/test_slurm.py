@@ -21,7 +21,7 @@ from train.checkpoint import newest_whole, step_of
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "configs" / "tiny.yaml")
-SIZE = ["--nodes", "2", "--gpus-per-node", "4"]
+SIZE = ["--nodes", "2", "--gpus-per-node", "1"]
 MANY = "trainer.strategy=deepspeed"
 
 RECORD_ARGUMENTS = f"""#!{sys.executable}
@@ -112,7 +112,7 @@ def test_the_script_asks_for_one_task_per_gpu_and_a_signal_in_time(tmp_path, cap
     words = ["slurm", TINY, MANY, f"runs_dir={tmp_path}", *SIZE, *options, "data.workers=3"]
     assert main(words) == 0
     script = capsys.readouterr().out
-    expected = """job-name=x.y nodes=2 ntasks-per-node=4 cpus-per-task=5 gpus-per-node=4
+    expected = """job-name=x.y nodes=2 ntasks-per-node=1 cpus-per-task=5 gpus-per-node=1
         time=24:00:00 partition=gpu account=me signal=B:USR1@300 requeue open-mode=append"""
     found = re.findall(r"^#SBATCH --(.*)$", script, re.MULTILINE)
     assert found == [*expected.split(), f'output="{tmp_path}/tiny/slurm/%x-%j.log"']
@@ -140,7 +140,7 @@ def test_every_word_reaches_the_tasks_as_it_was_typed(tmp_path, cluster, monkeyp
     ("words", "message"),
     [
         (["modle.num_layers=2", MANY, *SIZE], "'modle' is not a key of the configuration"),
-        (SIZE, r"trainer\.strategy=single runs one process, found 8"),
+        (SIZE, r"trainer\.strategy=single runs one process, found 2"),
         ([MANY, "trainer.devices=2", *SIZE], r"trainer\.devices=2 must be what the launcher"),
         ([MANY, *SIZE, "--verb", "fit"], "--stage belongs to --verb fit"),
         ([MANY, *SIZE, "--stage", "teacher"], "--stage belongs to --verb fit"),
@@ -148,6 +148,7 @@ def test_every_word_reaches_the_tasks_as_it_was_typed(tmp_path, cluster, monkeyp
         ([MANY, "--nodes", "0", "--gpus-per-node", "1"], "--nodes must be 1 or more, found 0"),
         ([MANY, *SIZE, "--partition", "a b"], "--partition must be letters, digits"),
         ([MANY, *SIZE, "stages.teacher.kind=x"], "stage kind must be one of"),
+        ([MANY, "--nodes", "2", "--gpus-per-node", "4"], r"ranks x micro_batch = 8 x 1, found 4"),
     ],
 )
 def test_what_cannot_work_fails_here_and_not_in_the_queue(capsys, tmp_path, words, message):
