@@ -88,29 +88,40 @@ class SalienceHead(nn.Module):
         scaled = (targets + 1e-6).log() if self.log else targets
         return standardise_blocks(scaled, self.block_len) if self.block_len else scaled
 
-    def fit_statistics(self, targets: Tensor) -> None:
-        """Set mean, spread and place means from targets of many clips.
+    def sums(self, targets: Tensor) -> Tensor:
+        """What `fit_statistics` needs of some clips; sums of several clips add up.
 
         Args:
             targets: From `attend_with_targets`, NaN where undefined.  [L, B, F * rows * columns, 3]
 
+        Returns:
+            Number, sum and sum of squares of the defined targets at each place, scaled.
+            float64 [3, L, rows, columns, 3]
+        """
+        rows, columns = self.place.shape[1:3]
+        x = self.scaled(targets).double().unflatten(2, (-1, rows, columns))
+        moments = torch.stack([(~x.isnan()).double(), x, x.square()])
+        return moments.nansum(dim=(2, 3))
+
+    def fit_statistics(self, sums: Tensor) -> None:
+        """Set mean, spread and place means from `sums` over many clips.
+
         Raises:
             ValueError: If a layer has a part without a single defined target.
         """
-        x = self.scaled(targets).double()
-        mean = x.nanmean(dim=(1, 2))
-        if mean.isnan().any():
+        count, total, squares = sums.sum(dim=(2, 3))  # [L, 3] each
+        if (count == 0).any():
             raise ValueError(
                 "every part needs defined targets to standardise by; use clips of more blocks "
                 "than the future horizon"
             )
-        std = (x - mean[:, None, None]).square().nanmean(dim=(1, 2)).sqrt().clamp(min=1e-8)
+        mean = total / count
+        variance = squares / count - mean.square()
+        std = variance.clamp(min=0).sqrt().clamp(min=1e-8)
         self.mean.copy_(mean)
         self.std.copy_(std)
-        standard = (x - mean[:, None, None]) / std[:, None, None]
-        rows, columns = self.place.shape[1:3]
-        by_place = standard.unflatten(2, (-1, rows, columns))  # [L, B, F, rows, columns, 3]
-        self.place.copy_(by_place.nanmean(dim=(1, 2)))
+        by_place = sums[1] / sums[0]  # [L, rows, columns, 3]
+        self.place.copy_((by_place - mean[:, None, None]) / std[:, None, None])
 
     def standardise(self, layer: int, targets: Tensor) -> Tensor:
         """What the S-MLP of a layer should predict; NaN stays NaN.  [B, S, 3]."""

@@ -147,8 +147,8 @@ class SalienceStage(Stage):
         require_choice(f"{key}.params.targets", params.targets, ("online", STORED))
 
     def setup_stage(self) -> None:
-        """Start without gathered targets."""
-        self.gathered: list[Tensor] = []
+        """Start without statistics of targets."""
+        self.sums: Tensor | None = None
 
     def targets(self, batch: LatentBatch) -> Tensor:
         """Salience of every token in the teacher's attention, stored or asked.  [L, B, S, 3]."""
@@ -199,7 +199,8 @@ class SalienceStage(Stage):
         """Gather statistics in the first steps, then one step of the head."""
         if step < self.params.statistics_steps:
             with self.spans("score"):
-                self.gathered += [self.targets(part).cpu() for part in self.micro_batches(batch)]
+                for part in self.micro_batches(batch):
+                    self.add_sums(self.engine("head").module.sums(self.targets(part)).cpu())
             if step == self.params.statistics_steps - 1:
                 self.fit_statistics()
             return {}
@@ -230,12 +231,16 @@ class SalienceStage(Stage):
         wanted = [head.standardise(layer, target) for layer, target in enumerate(targets)]
         return self.engine("head")(self.hidden(batch)), wanted
 
+    def add_sums(self, sums: Tensor) -> None:
+        """Count clips in; see `models.salience.SalienceHead.sums`."""
+        self.sums = sums if self.sums is None else self.sums + sums
+
     def fit_statistics(self) -> None:
-        """Standardise by the targets that all ranks have gathered."""
-        gathered = [targets for part in gather_objects(self.gathered) for targets in part]
+        """Standardise by what all ranks have seen."""
+        found = [sums for sums in gather_objects(self.sums) if sums is not None]
         head: SalienceHead = self.engine("head").module
-        head.fit_statistics(torch.cat(gathered, dim=1).to(self.device))
-        self.gathered = []
+        head.fit_statistics(torch.stack(found).sum(dim=0).to(self.device))
+        self.sums = None
 
     def scores(self, predicted: list[Tensor], wanted: list[Tensor]) -> dict[str, Tensor | float]:
         """Spearman and recall per layer and part, on this batch before its step."""
@@ -247,9 +252,12 @@ class SalienceStage(Stage):
         return metrics
 
     def extra_state(self) -> dict[str, Tensor]:
-        """Targets gathered so far, where the statistics are not made yet."""
-        return {"gathered": torch.cat(self.gathered, dim=1)} if self.gathered else {}
+        """What the targets so far add up to, where the statistics are not made yet."""
+        return {} if self.sums is None else {"sums": self.sums}
 
     def load_extra_state(self, states: Sequence[dict[str, Tensor]]) -> None:
         """Counterpart of `extra_state`."""
-        self.gathered = [state["gathered"] for state in states if "gathered" in state]
+        self.sums = None
+        for state in states:
+            if "sums" in state:
+                self.add_sums(state["sums"])

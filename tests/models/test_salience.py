@@ -15,7 +15,7 @@ def test_statistics_standardise_every_layer_and_part():
     targets = torch.rand(2, 5, 12, 3) * torch.tensor([1.0, 10.0, 100.0])
     targets[:, :, 9:, 0] = torch.nan
     head = SalienceHead(num_layers=2, width=8, hidden=4, grid=(1, 3))
-    head.fit_statistics(targets)
+    head.fit_statistics(head.sums(targets[:, :2]) + head.sums(targets[:, 2:]))
     for layer in range(2):
         standard = head.standardise(layer, targets[layer])
         for part in range(3):
@@ -25,7 +25,7 @@ def test_statistics_standardise_every_layer_and_part():
     by_place = head.standardise(0, targets[0]).unflatten(1, (4, 1, 3)).nanmean(dim=(0, 1))
     torch.testing.assert_close(head.place[0], by_place)
     with pytest.raises(ValueError, match="defined targets"):
-        head.fit_statistics(torch.full_like(targets, torch.nan))
+        head.fit_statistics(head.sums(torch.full_like(targets, torch.nan)))
 
 
 def test_targets_against_their_block_forget_where_the_block_stands():
@@ -42,7 +42,7 @@ def test_targets_against_their_block_forget_where_the_block_stands():
         standardise_blocks(targets + drift, 3), standard, rtol=1e-3, atol=1e-3, equal_nan=True
     )
     head = SalienceHead(num_layers=2, width=8, hidden=4, grid=(1, 3), block_len=3)
-    head.fit_statistics(targets)
+    head.fit_statistics(head.sums(targets))
     shifted = head.standardise(0, targets[0] + drift)
     torch.testing.assert_close(
         shifted, head.standardise(0, targets[0]), rtol=1e-3, atol=1e-3, equal_nan=True
