@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configs.errors import UserError
-from data.video import VideoWriter, read_video
+from data.video import VideoWriter, read_chunks, to_pixels, to_values
 from launch.student import Student, load_student
 from models.kv_cache import KVCache
 from models.kv_policies import POLICIES, build_policy
@@ -41,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="change the prompt at this latent frame (next block); may be repeated",
     )
     parser.add_argument("--prefix", type=Path, help="video whose frames are continued")
-    parser.add_argument("--prefix-frames", type=int, default=24, help="how many of them")
+    parser.add_argument(
+        "--prefix-frames", type=int, default=24, help="how many of its latent frames"
+    )
     parser.add_argument("--frames", type=int, required=True, help="latent frames, prefix included")
     parser.add_argument("--policy", default="salience", help=", ".join(sorted(POLICIES)))
     parser.add_argument(
@@ -81,33 +83,33 @@ def sample(arguments: argparse.Namespace) -> None:
         UserError: If the checkpoint, a flag, the prefix or the output folder does not fit.
     """
     _check_counts(arguments)
-    student = load_student(arguments.checkpoint)
+    student = load_student(arguments.checkpoint, arguments.device)
     student.network.to(arguments.device)
     if student.head is not None:
         student.head.to(arguments.device)
-    prompts = _prompts(arguments, student)
+    prompts, codec = _prompts(arguments, student), student.codec
     cache, noise = _start(arguments, student)
     prefix = _read_prefix(arguments, student)
     num_frames = -(-arguments.frames // student.frames_per_block) * student.frames_per_block
     began = time.perf_counter()
+    total = student.codec_config.pixel_frames(num_frames)
+    blocks = _blocks(
+        student,
+        cache,
+        noise=noise,
+        prompts=prompts,
+        prefix=prefix,
+        num_frames=num_frames,
+        at_switch=arguments.at_switch,
+    )
     writer = VideoWriter(arguments.out, student.fps, student.size, scale=arguments.scale)
-    with writer, tqdm(total=num_frames, unit="frame", file=sys.stderr) as bar:
-        for block in _blocks(
-            student,
-            cache,
-            noise=noise,
-            prompts=prompts,
-            prefix=prefix,
-            num_frames=num_frames,
-            at_switch=arguments.at_switch,
-        ):
-            pixels = student.codec.decode(block[0].cpu())
-            levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-            writer.write(levels.permute(0, 2, 3, 1).numpy())
-            bar.update(block.shape[1])
+    with writer, tqdm(total=total, unit="frame", file=sys.stderr) as bar:
+        for frames in codec.decode_chunks(block[0] for block in blocks):
+            writer.write(to_pixels(frames))
+            bar.update(len(frames))
     seconds = time.perf_counter() - began
     sys.stdout.write(
-        f"{arguments.out}: {num_frames} frames, {num_frames / seconds:.1f} FPS, "
+        f"{arguments.out}: {total} frames, {total / seconds:.1f} FPS, "
         f"{cache.num_tokens} tokens per layer cached, {cache.num_bytes} bytes\n"
     )
 
@@ -139,8 +141,9 @@ def _prompts(arguments: argparse.Namespace, student: Student) -> list[tuple[int,
                 f"has {arguments.frames}; give an earlier frame"
             )
         prompts.append((int(frame), text))
-    encoded = [(frame, student.text(text)[0][None].to(arguments.device)) for frame, text in prompts]
-    return sorted(encoded, key=lambda prompt: prompt[0])
+    frames, texts = zip(*sorted(prompts, key=lambda prompt: prompt[0]), strict=True)
+    encoded = [text.to(arguments.device) for text in student.encode_texts(texts)]
+    return list(zip(frames, encoded, strict=True))
 
 
 def _start(arguments: argparse.Namespace, student: Student) -> tuple[KVCache, NoiseSource]:
@@ -189,10 +192,11 @@ def _read_prefix(arguments: argparse.Namespace, student: Student) -> Tensor | No
             f"--prefix-frames must be whole blocks of {student.frames_per_block} frames, "
             f"got {arguments.prefix_frames}"
         )
-    frames = range(0, arguments.prefix_frames * student.every, student.every)
-    pixels = read_video(arguments.prefix, frames=frames, size=student.size)
-    values = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
-    return student.codec.encode(values)[None].to(arguments.device)
+    count = student.codec_config.pixel_frames(arguments.prefix_frames)
+    frames = range(0, count * student.every, student.every)
+    pixels = read_chunks(arguments.prefix, frames=frames, size=student.size)
+    latents = torch.cat(list(student.codec.encode_chunks(map(to_values, pixels))))
+    return latents[None].to(arguments.device)
 
 
 def _blocks(
