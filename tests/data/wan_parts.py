@@ -9,7 +9,7 @@ CAPTIONS = [
     "people ride bicycles in a street",
     "a wheel of gondolas behind a wall",
 ]
-DIM, LENGTH = 24, 27
+DIM, LENGTH = 24, 41
 
 
 def wan_codec(folder, **changes):
