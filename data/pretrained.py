@@ -96,7 +96,13 @@ def fingerprint(folder: Path, patterns: Sequence[str] = (SETTINGS, WEIGHTS)) -> 
 
 
 def load_network(
-    cls: Any, folder: Path, *, key: str, device: torch.device | str, **options: Any
+    cls: Any,
+    folder: Path,
+    *,
+    key: str,
+    device: torch.device | str,
+    ignored: tuple[str, ...] = (),
+    **options: Any,
 ) -> Any:
     """Load a network whole, frozen and in evaluation mode.
 
@@ -105,6 +111,7 @@ def load_network(
         folder: From `find_network`.
         key: The config key that names the folder.
         device: Where it shall compute.
+        ignored: How names of weights begin that a larger network around this one may bring.
         **options: For `from_pretrained`, such as the data type.
 
     Raises:
@@ -130,7 +137,8 @@ def load_network(
             f"{' '.join(str(error).split())[:300]}; copy the folder again, or correct {key}"
         ) from error
     for name in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if wrong := sorted(map(str, report[name])):
+        wrong = sorted(str(entry) for entry in report[name])
+        if wrong := [entry for entry in wrong if not entry.startswith(ignored)]:
             raise PretrainedError(
                 f"{folder} must hold exactly the weights of {cls.__name__}, found {len(wrong)} "
                 f"{name.replace('_', ' ')}: {', '.join(wrong[:5])}; correct {key}"

@@ -120,7 +120,12 @@ def load_umt5_text(config: TextConfig, device: torch.device | str) -> UMT5Text:
     tokenizer = load_tokenizer(tokenizer_folder)
     dtype = PRECISIONS[config.precision]
     network = load_network(
-        UMT5EncoderModel, network_folder, key="text.path", device=device, dtype=dtype
+        UMT5EncoderModel,
+        network_folder,
+        key="text.path",
+        device=device,
+        ignored=("decoder.", "lm_head."),
+        dtype=dtype,
     )
     if len(tokenizer) > network.config.vocab_size:
         raise PretrainedError(

@@ -92,6 +92,21 @@ def test_network_and_tokenizer_may_lie_in_one_folder(folder, text, tmp_path):
     assert 0 < (found - wanted).abs().max() < 0.05 * wanted.abs().max()
 
 
+def test_an_encoder_may_lie_beside_its_decoder(copy):
+    from transformers import UMT5Config, UMT5ForConditionalGeneration
+
+    sizes = {"vocab_size": 64, "d_kv": 8, "num_heads": 3, "d_ff": 32, "num_layers": 2}
+    torch.manual_seed(1)
+    whole = UMT5ForConditionalGeneration(UMT5Config(d_model=DIM, **sizes)).eval()
+    whole.save_pretrained(copy / "text_encoder")
+    text = build_text(umt5(copy))
+    tokens = torch.tensor([text._tokenizer(CAPTIONS[0]).input_ids])
+    with torch.no_grad():
+        wanted = whole.encoder(tokens).last_hidden_state[0]
+    rows, count = text(CAPTIONS[0])
+    torch.testing.assert_close(rows[:count], wanted, rtol=0, atol=1e-6)
+
+
 def test_what_vectors_depend_on_includes_the_tokenizer(copy):
     before = text_identity(umt5(copy))
     path = copy / "tokenizer/tokenizer.json"
