@@ -266,7 +266,8 @@ class StageConfig:
     keep_every: int = 0
     """The first checkpoint at or behind every multiple of this stays for good; 0 = none."""
     sample_every: int = 0
-    """Steps between sample videos; 0 = none."""
+    """Steps between sample videos; 0 = none. The VAE of `codec.name=wan` is loaded for them, where
+    rank 0 trains."""
     log_every: int = 10
 
     def __post_init__(self) -> None:

@@ -71,6 +71,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shift", type=float, default=5.0, help="with --steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--wan",
+        type=Path,
+        metavar="DIR",
+        help="diffusers folder of VAE and text encoder, if not where they were in training",
+    )
     parser.add_argument("--scale", type=int, default=1, help="draw a pixel as N x N pixels")
     parser.add_argument("--out", type=Path, required=True, help="an .mp4 file")
 
@@ -83,7 +89,7 @@ def sample(arguments: argparse.Namespace) -> None:
         UserError: If the checkpoint, a flag, the prefix or the output folder does not fit.
     """
     _check_counts(arguments)
-    student = load_student(arguments.checkpoint, arguments.device)
+    student = _load(arguments)
     student.network.to(arguments.device)
     if student.head is not None:
         student.head.to(arguments.device)
@@ -112,6 +118,22 @@ def sample(arguments: argparse.Namespace) -> None:
         f"{arguments.out}: {total} frames, {total / seconds:.1f} FPS, "
         f"{cache.num_tokens} tokens per layer cached, {cache.num_bytes} bytes\n"
     )
+
+
+def _load(arguments: argparse.Namespace) -> Student:
+    """The student, with the codec and text encoder of the folder given, if one is."""
+    student = load_student(arguments.checkpoint, arguments.device)
+    if arguments.wan is not None:
+        changed = [part for part in (student.codec_config, student.text_config) if part.path]
+        if not changed:
+            raise UserError(
+                f"--wan needs a student whose codec or text encoder are networks, found codec.name="
+                f"{student.codec_config.name} and text.name={student.text_config.name}; leave it "
+                "out"
+            )
+        for part in changed:
+            part.path = str(arguments.wan)
+    return student
 
 
 def _check_counts(arguments: argparse.Namespace) -> None:

@@ -1,5 +1,7 @@
 """A run whose latents and texts come from networks of Wan2.1's kinds, tiny and random."""
 
+import re
+
 import pytest
 import torch
 import yaml
@@ -102,6 +104,15 @@ def test_a_video_is_continued_in_whole_latent_frames(plan, tmp_path, capsys):
     assert main(["sample", str(tmp_path / "export"), *words, "--prefix-frames", "2"]) == 0
     assert len(read_video(out)) == 1 + 5 * 4
     assert "x.mp4: 21 frames, " in capsys.readouterr().out
+    # the same with the networks elsewhere
+    (plan.parent / "wan").rename(plan.parent / "moved")
+    moved, first = tmp_path / "moved.mp4", out.read_bytes()
+    again = ["sample", str(tmp_path / "export"), *words, "--prefix-frames", "2"]
+    assert main([*again, "--out", str(moved)]) == 2
+    assert re.search(r"text\.path must be .* with such a folder 'text_", capsys.readouterr().err)
+    assert main([*again, "--wan", str(plan.parent / "moved"), "--out", str(moved)]) == 0
+    assert moved.read_bytes() == first
+    (plan.parent / "moved").rename(plan.parent / "wan")
     # 4 latent frames show 13 pixel frames, every second of the file's: it has too few
     assert main(["sample", str(tmp_path / "export"), *words, "--prefix-frames", "4"]) == 2
     assert "must hold all of the frames [0] .. [24], found 11" in capsys.readouterr().err
