@@ -1,28 +1,46 @@
-"""From pixels to latents and back, without weights."""
+"""From pixels to latents and back: what a codec is, and the built-in one, without weights."""
 
 import math
-from typing import Protocol
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from configs.errors import UserError
 from configs.schema import CodecConfig
+from data.pretrained import fingerprint
+from data.wan_codec import find_vae, load_wan_codec
 
 
 class Codec(Protocol):
-    """What the rest of the project asks of a codec."""
+    """What the rest of the project asks of a codec; results are on the device of what came in."""
 
     stride: int
     """Pixels per latent cell, in both directions."""
+    time_stride: int
+    """Pixel frames that each latent frame but a video's first stands for; the first, for one."""
     channels: int
 
     def encode(self, frames: Tensor) -> Tensor:
-        """Frames [..., 3, H, W] in [-1, 1] to latents [..., channels, H / stride, W / stride]."""
+        """Whole videos to latents.
+
+        Frames [..., 1 + n * time_stride, 3, H, W] in [-1, 1] become latents
+        [..., 1 + n, channels, H / stride, W / stride].
+        """
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents back to frames."""
+        """Latents of whole videos back to frames."""
+        ...
+
+    def encode_chunks(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """`encode` of videos that arrive in pieces along time, in memory that does not grow."""
+        ...
+
+    def decode_chunks(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """`decode` of latents that arrive in pieces along time, in memory that does not grow."""
         ...
 
 
@@ -36,6 +54,8 @@ class TransformCodec:
 
     Source: orthonormal DCT-II; opponent colours (1,1,1), (1,-1,0), (1,1,-2), normalised.
     """
+
+    time_stride = 1
 
     def __init__(self, stride: int, channels: int) -> None:
         """Build the basis.
@@ -110,6 +130,14 @@ class TransformCodec:
         cells = cells.unflatten(3, (3, side, side)).permute(0, 3, 1, 4, 2, 5)
         return cells.reshape(*lead, 3, height * side, width * side)
 
+    def encode_chunks(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Latents of each piece of a video; frames know nothing of one another."""
+        return map(self.encode, chunks)
+
+    def decode_chunks(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Frames of each piece of a video."""
+        return map(self.decode, chunks)
+
 
 def _basis(stride: int, channels: int) -> Tensor:
     """The first `channels` orthonormal images of a cell, flattened, [C, 3 * stride * stride]."""
@@ -138,12 +166,26 @@ def _order(stride: int) -> list[tuple[int, int, int]]:
     return low + [(color, v, u) for _, _, v, color, u in high]
 
 
-def build_codec(config: CodecConfig) -> Codec:
+def build_codec(config: CodecConfig, device: torch.device | str = "cpu") -> Codec:
     """The codec that a config names.
 
+    Args:
+        config: Its section.
+        device: Where a codec with weights computes; the other computes where its input is.
+
     Raises:
-        UserError: If the name is unknown or a size is out of range.
+        UserError: If a size is out of range, or the weights are not there or others.
     """
-    if config.name != "transform":
-        raise UserError(f"codec.name={config.name!r} is unknown; choose one of ['transform']")
+    if config.name == "wan":
+        return load_wan_codec(config, device)
     return TransformCodec(config.stride, config.channels)
+
+
+def codec_identity(config: CodecConfig) -> dict[str, Any]:
+    """All that latents depend on: the settings, and which files the weights are, wherever they lie.
+
+    Raises:
+        UserError: If there are no weights where the config says.
+    """
+    settings = {key: value for key, value in asdict(config).items() if key != "path"}
+    return settings | ({"files": fingerprint(find_vae(config))} if config.name == "wan" else {})

@@ -37,7 +37,7 @@ class LatentBatch:
     seeds: Tensor
     """Seed of each sample in this epoch, int64 >= 0 [B]: what its noise is drawn from."""
     meta: list[dict[str, Any]]
-    """The samples' `json`, and `start`: the pixel frame that the first latent shows."""
+    """The samples' `json`, and `start`: the first pixel frame that the first latent shows."""
 
     def to(self, device: torch.device | str) -> Self:
         """The batch with its tensors on a device; seeds stay on the host, where they are used."""
@@ -79,9 +79,19 @@ class Sample:
     """Padded with zeros to the set's text length, float32 [T, E]."""
     meta: dict[str, Any]
 
+    def num_windows(self, frames: int) -> int:
+        """How many latent frames a window of `frames` frames may start at.
+
+        If latent frames stand for several pixel frames, the first one stands for only one: then a
+        window has such a first frame only at the clip's start, and what starts elsewhere is no
+        video that the codec could have made.
+        """
+        return 1 if self.meta["time_stride"] > 1 else len(self.latents) - frames + 1
+
     def window(self, start: int, frames: int) -> Sample:
         """`frames` frames from latent frame `start` on; `meta` then says where that is."""
-        shown = self.meta["clip_start"] + start * self.meta["every"]
+        pixel_frame = max(0, (start - 1) * self.meta["time_stride"] + 1)
+        shown = self.meta["clip_start"] + pixel_frame * self.meta["every"]
         return replace(
             self,
             latents=self.latents[start : start + frames],
@@ -197,13 +207,14 @@ class LatentBatches(Dataset[LatentBatch]):
     def _window(self, epoch: int, index: int) -> Sample:
         """A sample, cut to `frames` frames.
 
-        They start at a place of their own in each epoch, or where the stored targets have them.
+        They start at a place of their own in each epoch, or where the stored targets have them; if
+        a latent frame stands for several pixel frames, at the clip's start.
         """
         sample = read_sample(self.shards, index)
         if self.targets is not None:
             return self.targets.window(sample)
-        spare = len(sample.latents) - self.frames
-        start = int(self.plan.generator("window", epoch, index).integers(spare + 1))
+        starts = sample.num_windows(self.frames)
+        start = int(self.plan.generator("window", epoch, index).integers(starts))
         return sample.window(start, self.frames)
 
 

@@ -12,12 +12,12 @@ from tqdm import tqdm
 
 from configs.errors import UserError
 from configs.schema import CodecConfig, TextConfig
-from data.codec import build_codec
+from data.codec import build_codec, codec_identity
 from data.files import json_sha256
 from data.shard_writer import ShardSetWriter
 from data.shards import BadSample, ShardSet
-from data.text import build_text
-from data.video import BadVideo, VideoInfo, check_video, read_video
+from data.text import build_text, text_identity
+from data.video import BadVideo, VideoInfo, check_video, read_chunks, to_values
 
 LIST_NAME = "captions.jsonl"
 VERSION = 1
@@ -173,15 +173,18 @@ def encode(
     stride: int = 0,
     every: int = 1,
     samples_per_shard: int = 64,
+    device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> None:
     """Decode raw shards, cut the videos into clips, and write latents and text vectors.
 
     A sample of the result has the members `latents.safetensors` (`latents`, float32 [F, C, H, W]),
     `text.safetensors` (`text`, float32 [words, dim], without padding) and `json`: that of the
-    video, and `clip_start` (frame of the video the clip starts at) and `every`. The manifest's
-    properties are `codec`, `text` (the configs) and `latents` ([C, H, W]). An interrupted call
-    goes on after its last whole shard; a complete one is left alone.
+    video, and `clip_start` (frame of the video the clip starts at), `every` and `time_stride`. The
+    manifest counts latent frames; its properties are `codec`, `text` (see `codec_identity`) and
+    `latents` ([C, H, W]). Clips and captions are encoded one by one, so that a result depends on
+    nothing beside it. An interrupted call goes on after its last whole shard; a complete one is
+    left alone.
 
     Args:
         raw: What `ingest` wrote.
@@ -189,26 +192,27 @@ def encode(
         codec: Pixels to latents.
         text: Captions to vectors.
         size: Height and width in pixels to which videos are scaled and cropped.
-        frames: Frames of a clip.
+        frames: Pixel frames of a clip.
         stride: Frames of the video between the starts of two clips; 0 = one clip per video.
         every: Take every n-th frame of the video.
         samples_per_shard: Clips per shard.
-        progress: Whether to show a progress bar.
+        device: Where networks compute.
+        progress: Whether to show progress bars.
 
     Raises:
-        UserError: If `raw` is damaged, a caption is too long, or `out` holds other files.
+        UserError: If `raw` is damaged, codec or text encoder cannot be built, a caption is too
+            long, or `out` holds other files.
     """
-    source, image_codec, text_encoder = ShardSet(raw), build_codec(codec), build_text(text)
-    cells = [length // image_codec.stride for length in size]
-    if any(length % image_codec.stride for length in size):
+    source = ShardSet(raw)
+    if any(length % codec.stride for length in size):
         raise UserError(
-            f"source.size must be multiples of codec.stride = {image_codec.stride}, found "
+            f"source.size must be multiples of codec.stride = {codec.stride}, found "
             f"{list(size)}; change one of them"
         )
     properties = {
-        "codec": asdict(codec),
-        "text": asdict(text),
-        "latents": [image_codec.channels, *cells],
+        "codec": codec_identity(codec),
+        "text": text_identity(text),
+        "latents": [codec.channels, *(length // codec.stride for length in size)],
     }
     settings = [VERSION, source.hash, properties, list(size), frames, stride, every]
     writer = ShardSetWriter(
@@ -219,23 +223,26 @@ def encode(
     )
     if writer.is_complete:
         return
-    for index in range(len(source)):
-        text_encoder(source.entry(index).caption)  # a caption that is too long is found here
+    latent_frames = codec.latent_frames(frames)
+    image_codec, text_encoder = build_codec(codec, device), build_text(text, device)
+    for index in tqdm(range(len(source)), desc="captions", disable=not progress):
+        text_encoder.count(source.entry(index).caption)  # one that is too long is found here
     clips = _cut(source, frames=frames, stride=stride, every=every)[writer.completed :]
     with writer:
         for index, start in tqdm(clips, desc="encode", unit="clip", disable=not progress):
-            members, meta = _read_raw(source, index)
+            video, meta = _read_raw(source, index)
             key, caption = source.entry(index).key, meta["caption"]
             wanted = range(start, start + frames * every, every)
-            pixels = read_video(members, frames=wanted, size=size, name=f"{raw}::{key}")
-            video = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+            pixels = read_chunks(video, frames=wanted, size=size, name=f"{raw}::{key}")
+            latents = torch.cat(list(image_codec.encode_chunks(map(to_values, pixels))))
             vectors, words = text_encoder(caption)
+            meta |= {"clip_start": start, "every": every, "time_stride": codec.time_stride}
             content = {
-                "latents.safetensors": save({"latents": image_codec.encode(video).contiguous()}),
+                "latents.safetensors": save({"latents": latents.contiguous()}),
                 "text.safetensors": save({"text": vectors[:words].contiguous()}),
-                "json": json.dumps({**meta, "clip_start": start, "every": every}).encode(),
+                "json": json.dumps(meta).encode(),
             }
-            writer.write(f"{key}-{start:06d}", content, caption=caption, frames=frames)
+            writer.write(f"{key}-{start:06d}", content, caption=caption, frames=latent_frames)
 
 
 def _cut(source: ShardSet, *, frames: int, stride: int, every: int) -> list[tuple[int, int]]:

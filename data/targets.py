@@ -56,8 +56,7 @@ def target_seed(key: str, sigma: float) -> int:
 
 def target_window(sample: Sample, frames: int) -> Sample:
     """A clip, cut to the `frames` frames that the teacher is shown of it."""
-    spare = len(sample.latents) - frames
-    return sample.window(_draw("window", sample.key) % (spare + 1), frames)
+    return sample.window(_draw("window", sample.key) % sample.num_windows(frames), frames)
 
 
 def _draw(*tags: str | float) -> int:

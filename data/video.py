@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -14,6 +14,7 @@ import decord
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.nn.functional import interpolate
 
 from configs.errors import UserError
@@ -92,7 +93,18 @@ def read_video(
     size: Sequence[int] | None = None,
     name: str = "",
 ) -> Frames:
-    """Decode frames of a video.
+    """Decode frames of a video, all at once: `read_chunks` in one array, [F, H, W, 3]."""
+    return np.concatenate(list(read_chunks(source, frames=frames, size=size, name=name)))
+
+
+def read_chunks(
+    source: bytes | Path,
+    *,
+    frames: Sequence[int] | None = None,
+    size: Sequence[int] | None = None,
+    name: str = "",
+) -> Iterator[Frames]:
+    """Decode frames of a video, some at a time; memory does not grow with their number.
 
     The decoder lives only within this call: one that is shared by threads crashes, and one that
     was opened before a fork hangs.
@@ -104,8 +116,8 @@ def read_video(
             cut out. The video's own size if None.
         name: What to call the video in an error, if `source` is content.
 
-    Returns:
-        The frames, [F, H, W, 3].
+    Yields:
+        At most `CHUNK` frames, [f, H, W, 3].
 
     Raises:
         BadVideo: If the video cannot be decoded or has no such frame.
@@ -120,16 +132,24 @@ def read_video(
                 f"{name} must hold all of the frames {wanted[:1]} .. {wanted[-1:]}, found "
                 f"{len(reader)} frames; ask for others, or ingest the video again"
             )
-        chunks = [
-            _fit(reader.get_batch(wanted[first : first + CHUNK]).asnumpy(), size)
-            for first in range(0, len(wanted), CHUNK)
-        ]
+        for first in range(0, len(wanted), CHUNK):
+            yield _fit(reader.get_batch(wanted[first : first + CHUNK]).asnumpy(), size)
     except (RuntimeError, IndexError, decord.DECORDError) as error:
         raise BadVideo(
             f"{name} must be a video that decord reads, found: {' '.join(str(error).split())}; "
             f"copy or download the file again, or scale it to another width"
         ) from error
-    return np.concatenate(chunks)
+
+
+def to_values(pixels: Frames) -> Tensor:
+    """Bytes as the values in [-1, 1] that codecs take.  [F, H, W, 3] to [F, 3, H, W]."""
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_pixels(values: Tensor) -> Frames:
+    """Values as bytes, those outside [-1, 1] clipped.  [F, 3, H, W] to [F, H, W, 3]."""
+    levels = ((values.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return levels.permute(0, 2, 3, 1).cpu().numpy()
 
 
 def _fit(pixels: Frames, size: Sequence[int] | None) -> Frames:

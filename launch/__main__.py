@@ -183,12 +183,18 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
-    from launch import benchmark_rollout, benchmark_targets, benchmark_train
+    from launch import (
+        benchmark_codec,
+        benchmark_rollout,
+        benchmark_targets,
+        benchmark_train,
+    )
 
     benchmarks: dict[str, tuple[Callable[[Any], None], Callable[[Any], None]]] = {
         "targets": (benchmark_targets.add_arguments, benchmark_targets.run),
         "rollout": (benchmark_rollout.add_arguments, benchmark_rollout.run),
         "train": (benchmark_train.add_arguments, benchmark_train.run),
+        "codec": (benchmark_codec.add_arguments, benchmark_codec.run),
     }
     choose = parser.add_subparsers(dest="name", metavar="NAME", required=True)
     for name, (declare, act) in benchmarks.items():

@@ -193,8 +193,10 @@ def write_result(
     verb: str,
 ) -> None:
     """Write the record of a benchmark: its result, or each of several, with command and machine."""
-    given = {name: value for name, value in vars(arguments).items() if name not in ("name", "act")}
-    words = [f"--{name.replace('_', '-')} {shlex.quote(str(v))}" for name, v in given.items()]
+    others = ("name", "act", "config")
+    given = {name: value for name, value in vars(arguments).items() if name not in others}
+    words = [shlex.quote(word) for word in getattr(arguments, "config", [])]
+    words += [f"--{name.replace('_', '-')} {shlex.quote(str(v))}" for name, v in given.items()]
     about = {
         "command": f"python -m launch bench {verb} {' '.join(words)}",
         "threads": torch.get_num_threads(),

@@ -1,12 +1,13 @@
 """From a config to a stage that can be trained: networks, their inputs, data, and the export."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import Callback
-from torch import nn
+from torch import Tensor, nn
 
 from configs.errors import ConfigError, UserError
 from configs.load import config_hash, parse_section, to_dict
@@ -279,20 +280,29 @@ def train_stage(
 ) -> Stage:
     """Train a stage to its end; `callbacks` come before those of `fit`."""
     stage, datamodule = build_stage(config, stage_name)
-    codec = build_codec(config.codec)
     fit(
         stage,
         datamodule,
         folder=run_folder(config) / stage_name,
         config=config,
         stage_name=stage_name,
-        decode=codec.decode,
-        fps=config.source.world.fps,
+        decode=preview_decoder(config),
+        fps=config.fps,
         input_hashes={role: export.hash for role, export in inputs.items()},
         data_hash=datamodule.shards.hash,
         callbacks=callbacks,
     )
     return stage
+
+
+def preview_decoder(config: RunConfig) -> Callable[[Tensor], Tensor]:
+    """What turns the latents of a preview into frames.
+
+    A codec with weights is loaded with the first preview, so only on the rank that writes videos,
+    and only if the stage has `sample_every`.
+    """
+    load = functools.cache(functools.partial(build_codec, config.codec))
+    return lambda latents: load(latents.device).decode(latents)
 
 
 def export_stage(
@@ -352,7 +362,7 @@ def export_manifest(
             "codec": to_dict(config.codec),
             "text": to_dict(config.text),
             "size": list(config.source.size),
-            "fps": config.source.world.fps,
+            "fps": config.fps,
             "every": config.source.every,
             "frames": config.stages[stage_name].frames,
         },

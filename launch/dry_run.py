@@ -21,9 +21,14 @@ import torch
 
 from configs.errors import UserError
 from configs.schema import EvaluateConfig, RunConfig, StageConfig
-from data.codec import build_codec
 from data.targets import STORED
-from launch.build import export_stage, load_inputs, stage_type, train_stage
+from launch.build import (
+    export_stage,
+    load_inputs,
+    preview_decoder,
+    stage_type,
+    train_stage,
+)
 from launch.export import load_export
 from launch.lock import hold_lock, wait_for_leader
 from launch.plan import check_run, data_steps, plan_steps, run_folder, targets_folder
@@ -229,8 +234,8 @@ class VideoLap(L.Callback):
 def try_stage(config: RunConfig, name: str) -> None:
     """Train, sample, save, read back, export and load a stage of a shrunk run; say how it went."""
     folder, watch, settings = run_folder(config) / name, Stopwatch(), config.stages[name]
-    codec, fps = build_codec(config.codec), config.source.world.fps
-    videos = SampleVideos(folder / SAMPLES, every=settings.steps, decode=codec.decode, fps=fps)
+    decode, fps = preview_decoder(config), config.fps
+    videos = SampleVideos(folder / SAMPLES, every=settings.steps, decode=decode, fps=fps)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     try:

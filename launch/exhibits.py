@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data.files import write_atomically
 from data.truth import truth_at
-from data.video import VideoWriter
+from data.video import VideoWriter, to_pixels
 from launch.arena import Arena
 from launch.baselines import score_baselines, token_norms
 from launch.contest import Contestant, Job
@@ -125,12 +125,6 @@ def kept_share(cache: KVCache, num_frames: int, grid: tuple[int, int]) -> NDArra
             frame, row, column = tokens.positions[0].cpu().numpy().T
             counts[frame, row, column] += 1
     return np.rint(255 * counts / len(cache.layers)).astype(np.uint8)
-
-
-def to_pixels(frames: Tensor) -> NDArray[np.uint8]:
-    """Frames [F, 3, H, W] in [-1, 1] as [F, H, W, 3] in 0..255."""
-    levels = ((frames + 1) * 127.5).round().to(torch.uint8)
-    return levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 def shown_contestants(contestants: list[Contestant]) -> list[Contestant]:

@@ -116,7 +116,8 @@ def write_latents(config: RunConfig, *, frames: int, count: int) -> None:
         properties=properties,
     )
     generator = torch.Generator().manual_seed(config.seed)
-    meta = json.dumps({"clip_start": 0, "every": 1}).encode()
+    about = {"clip_start": 0, "every": 1, "time_stride": config.codec.time_stride}
+    meta = json.dumps(about).encode()
     shape = (frames, config.model.in_channels, height, width)
     with writer:
         for number in range(count):

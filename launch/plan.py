@@ -8,8 +8,10 @@ from configs.checks import require_budgets
 from configs.errors import ConfigError
 from configs.load import config_hash, nearest, parse_section, save_config, to_dict
 from configs.schema import FREE_STAGE_KEYS, RunConfig
+from data.codec import codec_identity
 from data.ingest import encode, ingest
 from data.targets import STORED
+from data.text import text_identity
 from launch.export import find_export, read_manifest
 from launch.source import fingerprint, list_videos, write_list
 from launch.steps import Step, is_leader, run_one_step, run_steps
@@ -145,7 +147,8 @@ def data_steps(config: RunConfig) -> list[Step]:
     ingested = {"videos": videos, "min_frames": _min_frames(config)} | shards
     raw = data / "raw"
     steps.append(_data_step("ingest", raw, ingested, lambda: _ingest(config), *steps))
-    encoded = {"codec": config.codec, "text": config.text} | cut | shards
+    made_by = {"codec": codec_identity(config.codec), "text": text_identity(config.text)}
+    encoded = made_by | cut | shards
     latents = data / "latents"
     steps.append(_data_step("encode", latents, encoded, lambda: _encode(config), steps[-1]))
     return steps
@@ -286,6 +289,8 @@ def _ingest(config: RunConfig) -> None:
 
 
 def _encode(config: RunConfig) -> None:
+    from train.strategy import uses_gpu
+
     folder, source = data_folder(config), config.source
     encode(
         folder / "raw",
@@ -297,6 +302,7 @@ def _encode(config: RunConfig) -> None:
         stride=source.stride,
         every=source.every,
         samples_per_shard=config.data.samples_per_shard,
+        device="cuda" if uses_gpu(config.trainer) else "cpu",
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configs.errors import UserError
-from data.video import VideoWriter, read_video
+from data.video import VideoWriter, read_chunks, to_pixels, to_values
 from launch.student import Student, load_student
 from models.kv_cache import KVCache
 from models.kv_policies import POLICIES, build_policy
@@ -41,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="change the prompt at this latent frame (next block); may be repeated",
     )
     parser.add_argument("--prefix", type=Path, help="video whose frames are continued")
-    parser.add_argument("--prefix-frames", type=int, default=24, help="how many of them")
+    parser.add_argument(
+        "--prefix-frames", type=int, default=24, help="how many of its latent frames"
+    )
     parser.add_argument("--frames", type=int, required=True, help="latent frames, prefix included")
     parser.add_argument("--policy", default="salience", help=", ".join(sorted(POLICIES)))
     parser.add_argument(
@@ -69,6 +71,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shift", type=float, default=5.0, help="with --steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--wan",
+        type=Path,
+        metavar="DIR",
+        help="diffusers folder of VAE and text encoder, if not where they were in training",
+    )
     parser.add_argument("--scale", type=int, default=1, help="draw a pixel as N x N pixels")
     parser.add_argument("--out", type=Path, required=True, help="an .mp4 file")
 
@@ -81,35 +89,51 @@ def sample(arguments: argparse.Namespace) -> None:
         UserError: If the checkpoint, a flag, the prefix or the output folder does not fit.
     """
     _check_counts(arguments)
-    student = load_student(arguments.checkpoint)
+    student = _load(arguments)
     student.network.to(arguments.device)
     if student.head is not None:
         student.head.to(arguments.device)
-    prompts = _prompts(arguments, student)
+    prompts, codec = _prompts(arguments, student), student.codec
     cache, noise = _start(arguments, student)
     prefix = _read_prefix(arguments, student)
     num_frames = -(-arguments.frames // student.frames_per_block) * student.frames_per_block
     began = time.perf_counter()
+    total = student.codec_config.pixel_frames(num_frames)
+    blocks = _blocks(
+        student,
+        cache,
+        noise=noise,
+        prompts=prompts,
+        prefix=prefix,
+        num_frames=num_frames,
+        at_switch=arguments.at_switch,
+    )
     writer = VideoWriter(arguments.out, student.fps, student.size, scale=arguments.scale)
-    with writer, tqdm(total=num_frames, unit="frame", file=sys.stderr) as bar:
-        for block in _blocks(
-            student,
-            cache,
-            noise=noise,
-            prompts=prompts,
-            prefix=prefix,
-            num_frames=num_frames,
-            at_switch=arguments.at_switch,
-        ):
-            pixels = student.codec.decode(block[0].cpu())
-            levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-            writer.write(levels.permute(0, 2, 3, 1).numpy())
-            bar.update(block.shape[1])
+    with writer, tqdm(total=total, unit="frame", file=sys.stderr) as bar:
+        for frames in codec.decode_chunks(block[0] for block in blocks):
+            writer.write(to_pixels(frames))
+            bar.update(len(frames))
     seconds = time.perf_counter() - began
     sys.stdout.write(
-        f"{arguments.out}: {num_frames} frames, {num_frames / seconds:.1f} FPS, "
+        f"{arguments.out}: {total} frames, {total / seconds:.1f} FPS, "
         f"{cache.num_tokens} tokens per layer cached, {cache.num_bytes} bytes\n"
     )
+
+
+def _load(arguments: argparse.Namespace) -> Student:
+    """The student, with the codec and text encoder of the folder given, if one is."""
+    student = load_student(arguments.checkpoint, arguments.device)
+    if arguments.wan is not None:
+        changed = [part for part in (student.codec_config, student.text_config) if part.path]
+        if not changed:
+            raise UserError(
+                f"--wan needs a student whose codec or text encoder are networks, found codec.name="
+                f"{student.codec_config.name} and text.name={student.text_config.name}; leave it "
+                "out"
+            )
+        for part in changed:
+            part.path = str(arguments.wan)
+    return student
 
 
 def _check_counts(arguments: argparse.Namespace) -> None:
@@ -139,8 +163,9 @@ def _prompts(arguments: argparse.Namespace, student: Student) -> list[tuple[int,
                 f"has {arguments.frames}; give an earlier frame"
             )
         prompts.append((int(frame), text))
-    encoded = [(frame, student.text(text)[0][None].to(arguments.device)) for frame, text in prompts]
-    return sorted(encoded, key=lambda prompt: prompt[0])
+    frames, texts = zip(*sorted(prompts, key=lambda prompt: prompt[0]), strict=True)
+    encoded = [text.to(arguments.device) for text in student.encode_texts(texts)]
+    return list(zip(frames, encoded, strict=True))
 
 
 def _start(arguments: argparse.Namespace, student: Student) -> tuple[KVCache, NoiseSource]:
@@ -189,10 +214,11 @@ def _read_prefix(arguments: argparse.Namespace, student: Student) -> Tensor | No
             f"--prefix-frames must be whole blocks of {student.frames_per_block} frames, "
             f"got {arguments.prefix_frames}"
         )
-    frames = range(0, arguments.prefix_frames * student.every, student.every)
-    pixels = read_video(arguments.prefix, frames=frames, size=student.size)
-    values = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
-    return student.codec.encode(values)[None].to(arguments.device)
+    count = student.codec_config.pixel_frames(arguments.prefix_frames)
+    frames = range(0, count * student.every, student.every)
+    pixels = read_chunks(arguments.prefix, frames=frames, size=student.size)
+    latents = torch.cat(list(student.codec.encode_chunks(map(to_values, pixels))))
+    return latents[None].to(arguments.device)
 
 
 def _blocks(

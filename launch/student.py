@@ -1,15 +1,18 @@
 """A trained student as sampling and evaluation use it: network, head, codec, text, sampler."""
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from configs.load import parse_section
 from configs.schema import CodecConfig, TextConfig
 from data.codec import Codec, build_codec
-from data.text import TextEncoder, build_text
+from data.text import build_text
 from launch.export import Export, load_export, load_weights
 from models.flow import sampling_sigmas
 from models.kv_cache import KVCache
@@ -29,8 +32,9 @@ class Student:
         network: In evaluation mode.
         head: Salience head, if the stage that wrote the export had one.
         sampler: Noise levels it was trained or chosen for.
-        codec: Latents from and to pixels.
-        text: Caption encoder.
+        codec_config: How latents come from and go to pixels.
+        text_config: How captions become vectors.
+        device: Where its codec and text encoder compute, if they are networks.
         grid: Token (rows, columns) of a frame.
         frames_per_block: Frames generated together.
         size: Height and width in pixels.
@@ -42,19 +46,34 @@ class Student:
     network: VideoTransformer
     head: SalienceHead | None
     sampler: Sampler
-    codec: Codec
-    text: TextEncoder
+    codec_config: CodecConfig
+    text_config: TextConfig
+    device: torch.device | str
     grid: tuple[int, int]
     frames_per_block: int
     size: tuple[int, int]
-    fps: int
+    fps: float
     every: int
+
+    @functools.cached_property
+    def codec(self) -> Codec:
+        """Latents from and to pixels; built when it is first asked for."""
+        return build_codec(self.codec_config, self.device)
+
+    def encode_texts(self, texts: Sequence[str]) -> list[Tensor]:
+        """Vectors of captions, on the CPU, [1, T, E] each; the encoder lives only in this call.
+
+        Raises:
+            UserError: If a caption is too long, or the encoder's weights are not there.
+        """
+        encoder = build_text(self.text_config, self.device)
+        return [encoder(text)[0][None] for text in texts]
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of a latent frame."""
-        height, width = (pixels // self.codec.stride for pixels in self.size)
-        return self.codec.channels, height, width
+        height, width = (pixels // self.codec_config.stride for pixels in self.size)
+        return self.codec_config.channels, height, width
 
     @property
     def frame_seq_len(self) -> int:
@@ -120,8 +139,12 @@ def head_from_config(config: dict[str, Any]) -> SalienceHead:
     )
 
 
-def load_student(path: Path) -> Student:
-    """Rebuild the student of a stage folder or export.
+def load_student(path: Path, device: torch.device | str = "cpu") -> Student:
+    """Rebuild the student of a stage folder or export, its network on the CPU.
+
+    Args:
+        path: Of the stage folder or export.
+        device: See `Student`.
 
     Raises:
         ExportError: If there is none, it is damaged, or it is no student.
@@ -142,8 +165,9 @@ def load_student(path: Path) -> Student:
         network=network.eval(),
         head=head,
         sampler=Sampler(*sampler),
-        codec=build_codec(parse_section(CodecConfig, config["codec"], key="codec")),
-        text=build_text(parse_section(TextConfig, config["text"], key="text")),
+        codec_config=parse_section(CodecConfig, config["codec"], key="codec"),
+        text_config=parse_section(TextConfig, config["text"], key="text"),
+        device=device,
         grid=(config["grid"][0], config["grid"][1]),
         frames_per_block=config["model"]["frames_per_block"],
         size=(config["size"][0], config["size"][1]),

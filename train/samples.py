@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import WandbLogger
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data.video import VideoWriter
+from data.video import VideoWriter, to_pixels
 from train.randomness import generators_of
 from train.ranks import rank
 from train.stage import Stage
@@ -29,7 +29,8 @@ class SampleVideos(L.Callback):
     Args:
         folder: Of the videos.
         every: Steps between them.
-        decode: Latents [F, C, H, W] to frames in [-1, 1].  [P, 3, height, width]
+        decode: Latents [F, C, H, W] to frames in [-1, 1], where the latents are.
+            [P, 3, height, width]
         fps: Frames per second.
         count: Videos each time, at most.
     """
@@ -40,7 +41,7 @@ class SampleVideos(L.Callback):
         *,
         every: int,
         decode: Callable[[Tensor], Tensor],
-        fps: int,
+        fps: float,
         count: int = 2,
     ) -> None:
         self.folder = folder
@@ -93,7 +94,7 @@ class SampleVideos(L.Callback):
         self.folder.mkdir(parents=True, exist_ok=True)
         written: dict[str, list[Path]] = {}
         for number, clip in enumerate(latents[: self.count]):
-            pixels = to_pixels(self.decode(clip.float().cpu()))
+            pixels = to_pixels(self.decode(clip.float()))
             shown = {"samples": (f"{name}-{number}.mp4", pixels)}
             if salience is not None:
                 panels = beside_salience(pixels, salience[number].float().cpu().numpy())
@@ -102,12 +103,6 @@ class SampleVideos(L.Callback):
                 write_video(self.folder / file, frames, fps=self.fps)
                 written.setdefault(kind, []).append(self.folder / file)
         return written
-
-
-def to_pixels(frames: Tensor) -> NDArray[np.uint8]:
-    """Frames in [-1, 1], [P, 3, height, width], as bytes.  [P, height, width, 3]."""
-    scaled = ((frames.clamp(-1, 1) + 1) * 127.5).round()
-    return scaled.to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
 def beside_salience(pixels: NDArray[np.uint8], scores: NDArray[np.floating]) -> NDArray[np.uint8]:
@@ -128,7 +123,7 @@ def beside_salience(pixels: NDArray[np.uint8], scores: NDArray[np.floating]) -> 
     return np.concatenate([pixels, heat_overlay(pixels, scores[latent])], axis=2)
 
 
-def write_video(path: Path, pixels: NDArray[np.uint8], *, fps: int) -> None:
+def write_video(path: Path, pixels: NDArray[np.uint8], *, fps: float) -> None:
     """Write frames as an mp4 file, small ones enlarged.  [P, height, width, 3]."""
     height, width = pixels.shape[1:3]
     scale = max(1, SAMPLE_HEIGHT // height)

@@ -2,8 +2,7 @@ import pytest
 import torch
 
 from configs.errors import UserError
-from configs.schema import CodecConfig
-from data.codec import TransformCodec, build_codec
+from data.codec import TransformCodec
 
 
 @pytest.mark.parametrize(("stride", "channels"), [(16, 16), (16, 3), (4, 48), (2, 12), (8, 40)])
@@ -70,5 +69,3 @@ def test_bad_shapes_and_names_say_what_to_do():
         codec.decode(torch.zeros(15, 2, 4))
     with pytest.raises(UserError, match=r"codec\.channels"):
         TransformCodec(2, 13)
-    with pytest.raises(UserError, match=r"codec\.name='vae'"):
-        build_codec(CodecConfig(name="vae"))

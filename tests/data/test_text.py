@@ -31,5 +31,6 @@ def test_no_words_and_too_many_words():
     assert rows.abs().max() == 0
     with pytest.raises(UserError, match=r"text\.length = 2"):
         text("one two three")
-    with pytest.raises(UserError, match=r"text\.name='t5'"):
-        build_text(TextConfig(name="t5"))
+    assert text.count("one two") == 2
+    with pytest.raises(UserError, match="found 3 in 'one two three'"):
+        text.count("one two three")

@@ -106,6 +106,7 @@ def test_the_seed_decides_the_video(student, tmp_path):
     [
         (["--policy", "salient"], "choose one of"),
         (["--budget", "20"], "must hold sink and recent frames"),
+        (["--wan", "folder"], "--wan needs a student whose codec or text encoder are networks"),
         (["--param", "age_weigth=1"], "did you mean 'age_weight'"),
         (["--param", "age_weight=abc"], "must be a number"),
         (["--param", "weights=3"], "must be 3 numbers"),

@@ -34,7 +34,7 @@ def write_clips(root: Path) -> ShardSet:
             members = {
                 "latents.safetensors": save({"latents": latents}),
                 "text.safetensors": save({"text": text}),
-                "json": json.dumps({"clip_start": 0, "every": 1}).encode(),
+                "json": json.dumps({"clip_start": 0, "every": 1, "time_stride": 1}).encode(),
             }
             out.write(f"clip-{number}", members, caption="", frames=len(latents))
     return ShardSet(root)
