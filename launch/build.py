@@ -365,6 +365,8 @@ def export_manifest(
         "train_seed": config.seed,
         "steps": stage.completed,
         "sampler": None if sampler is None else {"sigmas": sampler[0], "renoise": sampler[1]},
+        "policy": stage.cache_policy(),
+        "weights": _exported_set(stage, inputs),
         "config": sampling_config(
             config,
             frames=config.stages[stage_name].frames,
@@ -374,3 +376,12 @@ def export_manifest(
         "parents": {role: export.hash for role, export in inputs.items()},
         "config_hash": config_hash(config),
     }
+
+
+def _exported_set(stage: Stage, inputs: Mapping[str, Export]) -> str | None:
+    """`ema` or `raw`: whether the exported transformer is a moving average; None if unknown."""
+    name = stage.exported["transformer"]
+    if name in stage.networks:
+        return "ema" if stage.config.optimizers[name].ema > 0 else "raw"
+    found = [inputs[role] for role, _ in stage.frozen_sources[name] if role in inputs]
+    return found[0].manifest.get("weights") if found else None

@@ -201,20 +201,6 @@ def load_weights(module: nn.Module, export: Export, *, stem: str) -> None:
     module.load_state_dict(weights)
 
 
-def copy_export(path: Path, out: Path) -> str:
-    """Verify the export that `path` means and write it again under `out`; returns its hash.
-
-    Raises:
-        ExportError: As in `load_export` and `write_export`, or if `out` exists.
-    """
-    export = load_export(path)
-    if out.exists():
-        raise ExportError(f"--out {str(out)!r} must not exist yet; choose another folder")
-    added = ("format", "versions", "files")
-    manifest = {key: value for key, value in export.manifest.items() if key not in added}
-    return write_export(out, weights=export.weights, manifest=manifest)
-
-
 def _check_role(folder: Path, manifest: Mapping[str, Any], role: str | None) -> None:
     assert role is None or role in ROLES, f"unknown role {role!r}"
     found, stage = manifest["role"], manifest.get("stage")

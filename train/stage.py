@@ -141,6 +141,13 @@ class Stage(L.LightningModule):
         """Noise levels of the exported network's sampler and whether it renoises, if it has one."""
         return None
 
+    def cache_policy(self) -> dict[str, Any] | None:
+        """Cache policy that the exported student was trained under, if it was under one.
+
+        Name and parameters as in `models.kv_policies`, and fields of `models.kv_spec.CacheSpec`.
+        """
+        return None
+
     def engine_specs(self) -> dict[str, EngineSpec]:
         """Every network of this stage by name; the frozen ones without settings."""
         specs = {
