@@ -178,8 +178,9 @@ def _replay(arguments: argparse.Namespace) -> None:
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("ckpt", type=Path, metavar="CKPT", help="stage folder, or an export")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder")
+    from launch.publish import add_arguments
+
+    add_arguments(parser)
 
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
@@ -308,10 +309,21 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from launch.export import copy_export
-    from launch.steps import say
+    from launch.publish import run
 
-    say(f"{arguments.out} sha256 {copy_export(arguments.ckpt, arguments.out)}")
+    run(arguments)
+
+
+def _import_arguments(parser: argparse.ArgumentParser) -> None:
+    from launch.importing import add_arguments
+
+    add_arguments(parser)
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    from launch.importing import run
+
+    run(arguments)
 
 
 def _show(arguments: argparse.Namespace) -> None:
@@ -385,10 +397,16 @@ VERBS: dict[str, Verb] = {
         _report,
     ),
     "export": Verb(
-        "Verify a finished stage's weights and copy them to a folder of their own.",
-        "export runs/demo/streaming --out weights",
+        "Write a trained transformer and its head for diffusers, ComfyUI or Self-Forcing.",
+        "export runs/tiny/streaming weights --format diffusers --verify",
         _export_arguments,
         _export,
+    ),
+    "import": Verb(
+        "Bring in a Wan2.1 checkpoint or one of its causal descendants, to start stages from.",
+        "import Wan2.1-T2V-1.3B weights/teacher --role teacher",
+        _import_arguments,
+        _import,
     ),
     "show": Verb(
         "Print the resolved config, parameter counts, cache sizes and the steps of the plan.",

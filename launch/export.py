@@ -7,7 +7,6 @@ export/
 """
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from configs.errors import UserError
 from configs.load import config_hash, nearest
+from data.files import file_sha256
 from train.versions import package_version
 
 FORMAT = 1
@@ -40,7 +40,7 @@ class Export:
     Attributes:
         folder: Where it lies.
         manifest: As written by `write_export`.
-        weights: File stem, such as `transformer`, to its tensors on the CPU.
+        weights: File stem, such as `transformer`, to its tensors on the CPU, mapped from the file.
     """
 
     folder: Path
@@ -107,13 +107,14 @@ def write_export(
         _write_bytes(part / MANIFEST, json.dumps(whole, indent=2, sort_keys=True).encode())
         _discard(folder)
         part.rename(folder)
-        _sync_folder(folder.parent)
-    except OSError as error:
+        sync(folder.parent)
+    except (OSError, SafetensorError) as error:  # the latter for files of tensors
         shutil.rmtree(part, ignore_errors=True)
-        advice = "free some space" if error.errno == errno.ENOSPC else "check the folder"
+        found = str(error.strerror if isinstance(error, OSError) else error)
+        is_full = os.strerror(errno.ENOSPC) in found
         raise ExportError(
-            f"export {str(folder)!r} must be writable, found {error.strerror}; {advice} and run "
-            "the same command again"
+            f"export {str(folder)!r} must be writable, found {found}; "
+            f"{'free some space' if is_full else 'check the folder'} and run the same command again"
         ) from error
     return config_hash(json.loads(json.dumps(whole)))
 
@@ -200,20 +201,6 @@ def load_weights(module: nn.Module, export: Export, *, stem: str) -> None:
     module.load_state_dict(weights)
 
 
-def copy_export(path: Path, out: Path) -> str:
-    """Verify the export that `path` means and write it again under `out`; returns its hash.
-
-    Raises:
-        ExportError: As in `load_export` and `write_export`, or if `out` exists.
-    """
-    export = load_export(path)
-    if out.exists():
-        raise ExportError(f"--out {str(out)!r} must not exist yet; choose another folder")
-    added = ("format", "versions", "files")
-    manifest = {key: value for key, value in export.manifest.items() if key not in added}
-    return write_export(out, weights=export.weights, manifest=manifest)
-
-
 def _check_role(folder: Path, manifest: Mapping[str, Any], role: str | None) -> None:
     assert role is None or role in ROLES, f"unknown role {role!r}"
     found, stage = manifest["role"], manifest.get("stage")
@@ -230,28 +217,32 @@ def _check_role(folder: Path, manifest: Mapping[str, Any], role: str | None) -> 
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Write one file; returns what the manifest says of it."""
+    """Write one file without a copy of CPU tensors; returns what the manifest says of it."""
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    data = safetensors.torch.save(content)
-    _write_bytes(path, data)
-    return {"sha256": hashlib.sha256(data).hexdigest(), "tensors": _describe(content)}
+    path.touch()
+    mode = path.stat().st_mode
+    safetensors.torch.save_file(content, path)
+    path.chmod(mode)  # the library's files are for their owner alone
+    sync(path)
+    return {"sha256": file_sha256(path), "tensors": _describe(content)}
 
 
 def _read_tensors(folder: Path, stem: str, entry: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a file, mapped into memory: what nobody looks at is never read."""
     path = folder / f"{stem}.safetensors"
     try:
-        data = path.read_bytes()
+        digest = file_sha256(path)
     except OSError as error:
         raise ExportError(
             f"{str(path)!r} must be readable, found {error.strerror}; export the stage again"
         ) from error
-    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+    if digest != entry["sha256"]:
         raise ExportError(
             f"{str(path)!r} must have the SHA-256 that its manifest names, found another: the file "
             "is damaged or was changed; export the stage again"
         )
     try:
-        tensors = safetensors.torch.load(data)
+        tensors = safetensors.torch.load_file(path)
     except SafetensorError as error:
         raise ExportError(f"{str(path)!r} must be a safetensors file: {error}") from error
     if _describe(tensors) != entry["tensors"]:
@@ -276,8 +267,9 @@ def _write_bytes(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Flush a file or a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

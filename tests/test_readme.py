@@ -50,7 +50,7 @@ def test_every_command_works(tmp_path):
         run(words + SMALLER.get(words[3], []) if words[2] == "bench" else words)
     assert (tmp_path / "x.mp4").stat().st_size > 0
     assert (tmp_path / "runs/demo/again/results.json").is_file()
-    assert (tmp_path / "weights/manifest.json").is_file()
+    assert (tmp_path / "weights/pafukv.json").is_file()
     assert (tmp_path / "runs/parts/teacher/DONE.json").is_file()
     assert "srun" in (tmp_path / "demo.sbatch").read_text()
     assert (tmp_path / "runs/two/evaluate/results.json").is_file()

@@ -62,7 +62,7 @@ def restore(stage: "Stage", folder: Path) -> int:
     """
     described = read_marker(folder)
     check_identity(stage.identity, described, folder)
-    _check_files(folder, described["ranks"])
+    check_files(folder, described["ranks"])
     saved = SavedState(folder, [entry["file"] for entry in described["ranks"]])
     for name, engine in stage.engines.items():
         try:
@@ -111,6 +111,10 @@ class SavedState:
                 parameters = self._pieces.setdefault(engine, {})
                 for piece in (Piece(*fields) for fields in pieces):
                     parameters.setdefault(piece.name, []).append((number, piece))
+
+    def engines(self) -> list[str]:
+        """Names of the networks that were trained."""
+        return sorted(self._pieces)
 
     def parameters(self, engine: str) -> set[str]:
         """Names of the trained parameters of an engine."""
@@ -227,7 +231,7 @@ def differences(saved: Any, own: Any, key: str = "") -> list[str]:
     return [] if saved == own else [f"{key}: {saved!r} in the checkpoint, {own!r} now"]
 
 
-def _check_files(folder: Path, entries: list[dict[str, Any]]) -> None:
+def check_files(folder: Path, entries: list[dict[str, Any]]) -> None:
     """Raise on all ranks if a file is damaged; each rank looks at some of them."""
     damaged = []
     for entry in entries[rank() :: world_size()]:

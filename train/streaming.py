@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from configs.checks import require_blocks, require_choice, require_range
+from configs.load import to_dict
 from configs.schema import StageConfig
 from data.datamodule import LatentBatch, SwitchBatch
 from models.kv_cache import KVCache
@@ -87,7 +88,7 @@ class Streaming(DistributionMatching):
     params_type = StreamingParams
     network_sources: ClassVar = {
         "student": (("student", "transformer"),),
-        "critic": (("critic", "critic"), ("teacher", "transformer")),
+        "critic": (("critic", "critic"), ("critic", "transformer"), ("teacher", "transformer")),
     }
     frozen_sources: ClassVar = {
         "teacher": (("teacher", "transformer"),),
@@ -119,6 +120,21 @@ class Streaming(DistributionMatching):
         self._shown: tuple[Tensor, Tensor] | None = None
         """Last window and prompt of the first micro-batch, for previews."""
 
+    def cache_policy(self) -> dict[str, Any]:
+        """Policy and geometry of the cache of its streams."""
+        policy = build_policy(self.params.policy, self.params.policy_params)
+        return {"name": policy.name, "params": to_dict(policy), **self._cache_sizes()}
+
+    def _cache_sizes(self) -> dict[str, Any]:
+        params = self.params
+        return {
+            "budget_tokens": params.budget_tokens,
+            "sink_frames": params.sink_frames,
+            "recent_frames": self.frames_per_block,
+            "time": params.time,
+            "max_lag": params.max_lag,
+        }
+
     def start_stream(self, batch: LatentBatch, step: int) -> Stream:
         """Streams that continue the first true frames of a batch."""
         params, size = self.params, self.frames_per_block
@@ -128,13 +144,9 @@ class Streaming(DistributionMatching):
         cache = make_cache(
             self.engine("student").module,
             spec=CacheSpec(
-                budget_tokens=params.budget_tokens,
                 tokens_per_frame=self.frame_seq_len,
                 frames_per_block=size,
-                sink_frames=params.sink_frames,
-                recent_frames=size,
-                time=params.time,
-                max_lag=params.max_lag,
+                **self._cache_sizes(),
             ),
             policy=build_policy(params.policy, params.policy_params),
             seeds=seeds.to(batch.latents.device),

@@ -13,7 +13,8 @@ import torch
 from launch import __main__ as cli
 from launch import plan
 from launch.__main__ import VERBS, main
-from launch.export import load_export, write_export
+from launch.export import write_export
+from tests.launch.exported import write_student
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "configs" / "tiny.yaml")
@@ -119,14 +120,16 @@ def test_a_checkpoint_of_another_role_is_refused(capsys, tmp_path, ckpt):
     assert "must be a student, found a teacher of stage 'teacher'" in capsys.readouterr().err
 
 
-def test_an_export_is_copied_and_the_copy_verifies(capsys, tmp_path, ckpt):
-    assert main(["export", str(ckpt), "--out", str(tmp_path / "weights")]) == 0
-    digest = load_export(tmp_path / "weights").hash
-    assert capsys.readouterr().out == f"{tmp_path / 'weights'} sha256 {digest}\n"
-    assert "must not exist yet" in fails(
-        capsys, "export", str(ckpt), "--out", str(tmp_path / "weights")
-    )
-    assert "must exist" in fails(capsys, "export", "nowhere", "--out", str(tmp_path / "w"))
+def test_an_export_is_written_and_described_in_one_line(capsys, tmp_path):
+    source, out = write_student(tmp_path / "runs" / "x" / "tuned"), str(tmp_path / "weights")
+    assert main(["export", str(source), out, "--format", "safetensors"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"{out}: student of stage 'tuned', ")
+    assert said.endswith(" MB as safetensors, not verified\n")
+    again = ["export", str(source), out, "--format", "safetensors"]
+    assert "must not exist yet" in fails(capsys, *again)
+    assert "must exist" in fails(capsys, "export", "nowhere", out + "2", "--format", "diffusers")
+    assert "--format" in fails(capsys, "export", str(source), out + "2")
 
 
 def test_report_of_a_run_that_does_not_exist_suggests_the_nearest(capsys, ckpt):

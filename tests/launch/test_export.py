@@ -13,7 +13,6 @@ from torch import nn
 from launch import export
 from launch.export import (
     ExportError,
-    copy_export,
     find_export,
     load_export,
     load_weights,
@@ -143,12 +142,6 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     with pytest.raises(ExportError, match="No space left on device; free some space"):
         write_export(tmp_path / "e", weights={"w": {"a": torch.ones(2)}}, manifest=MANIFEST)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_copy_is_the_same_export_and_overwrites_nothing(written, tmp_path):
-    assert copy_export(written.parent, tmp_path / "out") == load_export(written).hash
-    with pytest.raises(ExportError, match="must not exist yet"):
-        copy_export(written.parent, tmp_path / "out")
 
 
 def test_the_manifest_names_every_tensor_with_type_and_shape(written):

@@ -16,34 +16,10 @@ from models.kv_policies import build_policy
 from models.kv_spec import CacheSpec
 from models.rollout import make_cache, refresh
 from models.transformer import VideoTransformer
+from models.wan_names import diffusers_name
 from tests.models.small import random_transformer
 
 SIZES = {"num_layers": 2, "num_heads": 2, "head_dim": 12, "ffn_dim": 48, "freq_dim": 32}
-RENAMES = (  # ours, which are Wan's native names, to diffusers'; order matters
-    ("text_embedding.0", "condition_embedder.text_embedder.linear_1"),
-    ("text_embedding.2", "condition_embedder.text_embedder.linear_2"),
-    ("time_embedding.0", "condition_embedder.time_embedder.linear_1"),
-    ("time_embedding.2", "condition_embedder.time_embedder.linear_2"),
-    ("time_projection.1", "condition_embedder.time_proj"),
-    ("head.head", "proj_out"),
-    ("head.modulation", "scale_shift_table"),
-    ("modulation", "scale_shift_table"),
-    ("norm3", "norm2"),
-    ("self_attn", "attn1"),
-    ("cross_attn", "attn2"),
-    (".q.", ".to_q."),
-    (".k.", ".to_k."),
-    (".v.", ".to_v."),
-    (".o.", ".to_out.0."),
-    ("ffn.0", "ffn.net.0.proj"),
-    ("ffn.2", "ffn.net.2"),
-)
-
-
-def diffusers_name(name: str) -> str:
-    for ours, theirs in RENAMES:
-        name = name.replace(ours, theirs)
-    return name
 
 
 def make(**changes) -> VideoTransformer:
