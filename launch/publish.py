@@ -88,13 +88,14 @@ def run(arguments: argparse.Namespace) -> None:
         dtype=DTYPES.get(arguments.dtype),
         is_verified=arguments.verify,
     )
-    found = manifest["verified"]
+    found, steps = manifest["verified"], manifest.get("steps")
     result = "not verified"
     if found is not None:
         result = f"verified, largest difference of outputs {found['largest_difference']:.1e}"
     size = sum(entry["bytes"] for entry in manifest["files"].values())
+    age = f" after {steps} steps" if steps else ""
     say(
-        f"{arguments.dst}: {manifest['role']} of stage {manifest['stage']!r}, "
+        f"{arguments.dst}: {manifest['role']} of stage {manifest['stage']!r}{age}, "
         f"{manifest['parameters']} parameters, {size / 1e6:.1f} MB as {arguments.form}, {result}"
     )
 
@@ -196,7 +197,7 @@ def _describe(
     dtypes = {str(entry.dtype).removeprefix("torch.") for entry in first.values()}
     policy = origin.manifest.get("policy")
     if policy is None and origin.head is not None:
-        policy = {"name": "salience", "params": to_dict(build_policy("salience"))}
+        policy = {"name": "salience", "params": to_dict(vars(build_policy("salience")))}
     return origin.manifest | {
         "format": form,
         "version": VERSION,
