@@ -308,6 +308,18 @@ def _export(arguments: argparse.Namespace) -> None:
     run(arguments)
 
 
+def _import_arguments(parser: argparse.ArgumentParser) -> None:
+    from launch.importing import add_arguments
+
+    add_arguments(parser)
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    from launch.importing import run
+
+    run(arguments)
+
+
 def _show(arguments: argparse.Namespace) -> None:
     from launch.show import describe
     from launch.steps import say
@@ -383,6 +395,12 @@ VERBS: dict[str, Verb] = {
         "export runs/tiny/streaming weights --format diffusers --verify",
         _export_arguments,
         _export,
+    ),
+    "import": Verb(
+        "Bring in a Wan2.1 checkpoint or one of its causal descendants, to start stages from.",
+        "import Wan2.1-T2V-1.3B weights/teacher --role teacher",
+        _import_arguments,
+        _import,
     ),
     "show": Verb(
         "Print the resolved config, parameter counts, cache sizes and the steps of the plan.",

@@ -75,6 +75,28 @@ def network_config(
     }
 
 
+def sampling_config(
+    config: RunConfig, *, frames: int, log: bool = False, per_block: bool = False
+) -> dict[str, Any]:
+    """What an export says so that videos can be sampled from it, the same way as in training.
+
+    Args:
+        config: Of the run.
+        frames: Latent frames of the clips that the network was trained on.
+        log: As in `network_config`.
+        per_block: The same.
+    """
+    return {
+        **network_config(config, log=log, per_block=per_block),
+        "codec": to_dict(config.codec),
+        "text": to_dict(config.text),
+        "size": list(config.source.size),
+        "fps": config.source.world.fps,
+        "every": config.source.every,
+        "frames": frames,
+    }
+
+
 def stage_type(kind: str) -> type[Stage]:
     """The class of a stage kind.
 
@@ -345,19 +367,12 @@ def export_manifest(
         "sampler": None if sampler is None else {"sigmas": sampler[0], "renoise": sampler[1]},
         "policy": stage.cache_policy(),
         "weights": _exported_set(stage, inputs),
-        "config": {
-            **network_config(
-                config,
-                log=any(head.log for head in heads),
-                per_block=any(head.block_len for head in heads),
-            ),
-            "codec": to_dict(config.codec),
-            "text": to_dict(config.text),
-            "size": list(config.source.size),
-            "fps": config.source.world.fps,
-            "every": config.source.every,
-            "frames": config.stages[stage_name].frames,
-        },
+        "config": sampling_config(
+            config,
+            frames=config.stages[stage_name].frames,
+            log=any(head.log for head in heads),
+            per_block=any(head.block_len for head in heads),
+        ),
         "parents": {role: export.hash for role, export in inputs.items()},
         "config_hash": config_hash(config),
     }

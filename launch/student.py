@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from configs.errors import UserError
 from configs.load import parse_section
 from configs.schema import CodecConfig, TextConfig
 from data.codec import Codec, build_codec
@@ -124,10 +125,16 @@ def load_student(path: Path) -> Student:
     """Rebuild the student of a stage folder or export.
 
     Raises:
-        ExportError: If there is none, it is damaged, or it is no student.
+        UserError: If there is none, it is damaged, it is no student, or it was imported without
+            what sampling needs.
     """
     export = load_export(path, role="student")
     config = export.manifest["config"]
+    if "codec" not in config:
+        raise UserError(
+            f"{str(export.folder)!r} must name codec, text, size and fps to make videos, found "
+            "none, for it was imported without a config; import it again with --config FILE"
+        )
     network = transformer_from_config(config["model"])
     load_weights(network, export, stem="transformer")
     head = None

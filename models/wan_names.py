@@ -95,11 +95,11 @@ def names_of_diffusers(names: Iterable[str]) -> bool:
                 f"{min(found)!r}, which only {kind} has; take a text-to-video checkpoint"
             )
     is_native, is_diffusers = "self_attn" in parts, "attn1" in parts
-    if "patch_embedding" not in parts or is_native == is_diffusers:
+    if is_native == is_diffusers:
         raise ValueError(
-            "weights must be those of a Wan2.1 text-to-video transformer, with "
-            "'patch_embedding' and either 'self_attn' (native) or 'attn1' (diffusers) in their "
-            f"names, found {len(names)} names such as {sorted(names)[:3]}; take another file"
+            "weights must be those of a Wan2.1 text-to-video transformer, with either 'self_attn' "
+            f"(native) or 'attn1' (diffusers) in their names, found {len(names)} names such as "
+            f"{sorted(names)[:3]}; take another file"
         )
     return is_diffusers
 
