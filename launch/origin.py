@@ -21,14 +21,14 @@ from launch.export import (
     load_export,
     read_manifest,
 )
+from launch.formats import EMA, RAW
 from train.checkpoint import MARKER, newest_whole, read_marker, sha256
 from train.consolidate import consolidate, trained_networks
 from train.fit import CHECKPOINTS, identity
 from train.restore import differences
 from train.stage import Stage
 
-RAW, EMA = SETS = ("raw", "ema")
-"""The weights that the optimiser updates, and their moving average."""
+SETS = (RAW, EMA)
 CONFIG = "config.yaml"
 
 Read = Callable[[str, torch.dtype | None], dict[str, Tensor]]

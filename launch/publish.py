@@ -30,16 +30,17 @@ from configs.load import to_dict
 from data.files import file_sha256
 from launch.card import model_card
 from launch.export import ExportError, sync
+from launch.formats import Checkpoint
 from launch.layouts import LAYOUTS, Layout
 from launch.origin import SETS, Origin, open_origin
+from launch.published import HEAD, PUBLISHED
 from launch.steps import say
-from launch.verify import Seal, VerifyError, check_list, seal, verify
+from launch.verify import Seal, VerifyError, seal, verify
+from launch.weight_checks import require_tensors
 from models.kv_policies import build_policy
 from models.wan_config import Geometry, native_config
 from train.versions import code_version, package_version
 
-PUBLISHED = "pafukv.json"
-HEAD = "salience_head.safetensors"
 CARD = "README.md"
 VERSION = 1
 """Of `PUBLISHED`."""
@@ -136,7 +137,7 @@ def publish(
         )
     geometry = _geometry(origin, source)
     with _new_folder(dst) as part:
-        seals = _write_weights(part, origin, layout, geometry, dtype=dtype)
+        seals = _write_weights(part, source, origin, layout, geometry, dtype=dtype)
         verified = verify(part, layout, geometry, seals) if is_verified else None
         if origin.head is not None:
             _write_head(part / HEAD, origin.head, is_verified=is_verified)
@@ -159,7 +160,13 @@ def _geometry(origin: Origin, source: Path) -> Geometry:
 
 
 def _write_weights(
-    part: Path, origin: Origin, layout: Layout, geometry: Geometry, *, dtype: torch.dtype | None
+    part: Path,
+    source: Path,
+    origin: Origin,
+    layout: Layout,
+    geometry: Geometry,
+    *,
+    dtype: torch.dtype | None,
 ) -> dict[str, dict[str, Seal]]:
     """Write the transformer; returns the seals of its sets of weights."""
     kinds = origin.sets if layout.holds_sets else origin.sets[:1]
@@ -168,7 +175,7 @@ def _write_weights(
     parked = []
     for kind in kinds:
         tensors = origin.read(kind, dtype)
-        check_list(tensors, geometry, what="the transformer")
+        require_tensors(Checkpoint("origin", (source,), tensors), geometry)
         seals[kind] = seal(tensors)
         if len(kinds) > 1:
             # Mapped from a file, so that only one set at a time takes memory.
@@ -204,7 +211,7 @@ def _describe(
         "sets": kinds,
         "weights": None if origin.manifest.get("weights") is None else kinds[0],
         "dtypes": sorted(dtypes),
-        "parameters": sum(torch.Size(entry.shape).numel() for entry in first.values()),
+        "parameters": sum(entry.shape.numel() for entry in first.values()),
         "has_head": origin.head is not None,
         "policy": policy,
         "source": origin.record,
