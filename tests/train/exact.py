@@ -60,7 +60,7 @@ class Numbered(Dataset):
 
 
 def exact_stage(kind: str, **changes) -> Stage:
-    """A small stage; `changes` as in `small_stage`; of kind `lora` it is `distill` with adapters."""
+    """A small stage; `changes` as in `small_stage`; `lora` is `distill` with adapters."""
     if kind == "lora":
         kind, changes = "distill", changes | {"lora": LoraConfig(rank=3, alpha=5.0)}
     return small_stage(kind, PARAMS.get(kind), batch=BATCH, log_every=5, ema=0.9, **changes)
