@@ -219,6 +219,11 @@ class LoraConfig:
                 "networks",
             )
 
+    @property
+    def scale(self) -> float:
+        """How often what the factors add to a layer counts."""
+        return self.alpha / self.rank
+
 
 @dataclass
 class StageConfig:

@@ -104,7 +104,6 @@ def merge(state: Mapping[str, Tensor], settings: LoraConfig) -> dict[str, Tensor
         state: Of an adapted network, in float32.
         settings: Of its adapters.
     """
-    scale = settings.alpha / settings.rank
     merged = {}
     for key, value in state.items():
         if FIRST in key or SECOND in key:
@@ -112,6 +111,6 @@ def merge(state: Mapping[str, Tensor], settings: LoraConfig) -> dict[str, Tensor
         layer, _, leaf = key.partition(BASE)
         if leaf == "weight":
             first, second = (state[f"{layer}{part}weight"] for part in (FIRST, SECOND))
-            value = value + second @ first * scale
+            value = value + second @ first * settings.scale
         merged[f"{layer}.{leaf}" if leaf else key] = value
     return merged
