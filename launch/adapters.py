@@ -8,44 +8,44 @@ In both, what the factors add counts once: alpha / rank is folded into the secon
 every reader of these forms looks for an alpha.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from configs.schema import LoraConfig
-from launch.export import ADAPTERS, Export, ExportError
-from models.wan_names import diffusers_name
+from models.wan_names import diffusers_name, native_name
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+DIFFUSERS_PREFIX = "transformer."
 LONGLIVE_FILE = "lora.pt"
+LONGLIVE_PREFIX = "base_model.model."
 LONGLIVE = {"transformer": "generator_lora", "critic": "critic_lora"}
-"""File stem of a network to the key of its adapter."""
+"""File stem of a network in our exports to the key of its adapter."""
 
 Adapters = Mapping[str, Mapping[str, Tensor]]
+"""By the file stem of their network: `LAYER.lora_A.weight` and `LAYER.lora_B.weight`."""
 
 
-def read_adapters(export: Export) -> dict[str, dict[str, Tensor]]:
-    """The adapters of an export by the file stem of their network, alpha / rank folded in.
+@dataclass(frozen=True)
+class AdapterLayout:
+    """One form of adapters.
 
-    Raises:
-        ExportError: If its stage has trained the student as a whole.
+    Attributes:
+        title: For people.
+        write: Adapters, alpha / rank folded in, to files in a folder that exists.
+        read: From that folder back.
+        networks: File stems of the networks whose adapters it holds, if they have some.
+        roles: What may be exported so.
     """
-    found = export.manifest.get("lora")
-    if found is None or ADAPTERS["transformer"] not in export.weights:
-        raise ExportError(
-            f"{str(export.folder)!r} must hold the adapter of a student, found whole networks of "
-            f"stage {export.manifest['stage']!r}; train with stages.NAME.lora, or choose a format "
-            "for whole networks"
-        )
-    scale = LoraConfig(**found).scale
-    return {
-        network: fold_scale(export.weights[stem], scale)
-        for network, stem in ADAPTERS.items()
-        if stem in export.weights
-    }
+
+    title: str
+    write: Callable[[Path, Adapters], None]
+    read: Callable[[Path], Adapters]
+    networks: tuple[str, ...]
+    roles: tuple[str, ...] = ("student",)
 
 
 def fold_scale(adapter: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
@@ -55,29 +55,52 @@ def fold_scale(adapter: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]
     }
 
 
-def diffusers_adapter(adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An adapter under diffusers' names: `transformer.blocks.0.attn1.to_q.lora_A.weight`."""
-    named = {}
-    for name, tensor in adapter.items():
-        layer, factor, leaf = name.rsplit(".", 2)
-        named[f"transformer.{diffusers_name(layer)}.{factor}.{leaf}"] = tensor
-    return named
+def _write_diffusers(folder: Path, adapters: Adapters) -> None:
+    content = {
+        DIFFUSERS_PREFIX + _rename(name, diffusers_name): tensor.contiguous()
+        for name, tensor in adapters["transformer"].items()
+    }
+    safetensors.torch.save_file(content, folder / DIFFUSERS_FILE, {"format": "pt"})
 
 
-def longlive_adapter(adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An adapter under the names of a network that peft has wrapped."""
-    return {f"base_model.model.{name}": tensor for name, tensor in adapter.items()}
+def _read_diffusers(folder: Path) -> Adapters:
+    content = safetensors.torch.load_file(folder / DIFFUSERS_FILE)
+    named = {
+        _rename(name.removeprefix(DIFFUSERS_PREFIX), native_name): tensor
+        for name, tensor in content.items()
+    }
+    return {"transformer": named}
 
 
-def write_diffusers_adapter(folder: Path, adapters: Adapters) -> None:
-    """Write `DIFFUSERS_FILE`, the student's adapter, into a folder that exists."""
-    content = diffusers_adapter(adapters["transformer"])
-    contiguous = {name: tensor.contiguous() for name, tensor in content.items()}
-    safetensors.torch.save_file(contiguous, folder / DIFFUSERS_FILE, {"format": "pt"})
+def _rename(name: str, translate: Callable[[str], str]) -> str:
+    """The name of a factor with that of its layer translated."""
+    layer, factor, leaf = name.rsplit(".", 2)
+    return f"{translate(layer)}.{factor}.{leaf}"
 
 
-def write_longlive_adapter(folder: Path, adapters: Adapters) -> None:
-    """Write `LONGLIVE_FILE`, all adapters, into a folder that exists."""
-    content = {LONGLIVE[network]: longlive_adapter(own) for network, own in adapters.items()}
+def _write_longlive(folder: Path, adapters: Adapters) -> None:
+    content = {
+        LONGLIVE[network]: {LONGLIVE_PREFIX + name: tensor for name, tensor in own.items()}
+        for network, own in adapters.items()
+    }
     with (folder / LONGLIVE_FILE).open("wb") as file:  # a file of Python's says why it fails
         torch.save(content, file)
+
+
+def _read_longlive(folder: Path) -> Adapters:
+    content = torch.load(folder / LONGLIVE_FILE, weights_only=True, mmap=True)
+    return {
+        network: {name.removeprefix(LONGLIVE_PREFIX): t for name, t in content[key].items()}
+        for network, key in LONGLIVE.items()
+        if key in content
+    }
+
+
+ADAPTER_LAYOUTS: dict[str, AdapterLayout] = {
+    "diffusers-lora": AdapterLayout(
+        "a LoRA adapter for diffusers", _write_diffusers, _read_diffusers, ("transformer",)
+    ),
+    "longlive-lora": AdapterLayout(
+        "a LoRA adapter with LongLive's names", _write_longlive, _read_longlive, tuple(LONGLIVE)
+    ),
+}

@@ -23,7 +23,7 @@ from train.causal import Causal
 from train.compilation import compile_layers
 from train.distill import Distill
 from train.fit import fit, run_info
-from train.lora import adapter_tensors, add_adapter, merge
+from train.lora import adapter_tensors, add_adapter, base_tensors, merge_into
 from train.randomness import derive_seed
 from train.salience import SalienceStage
 from train.stage import Stage
@@ -319,7 +319,7 @@ def export_stage(
             network = _build_network(config, stage_name, name, sources, inputs)
             weights[stem] = dict(network.state_dict())
     if stage.config.lora is not None:
-        weights |= _without_adapters(weights, stage, stage.config.lora)
+        _separate_adapters(weights, stage, stage.config.lora)
     folder = run_folder(config) / stage_name
     manifest = export_manifest(config, stage, stage_name, inputs)
     digest = write_export(folder / "export", weights=weights, manifest=manifest)
@@ -333,16 +333,17 @@ def export_stage(
     )
 
 
-def _without_adapters(
-    weights: Mapping[str, dict[str, Tensor]], stage: Stage, settings: LoraConfig
-) -> dict[str, dict[str, Tensor]]:
-    """Adapted networks merged, under their file stems, and beside them what was trained alone."""
-    files = {}
+def _separate_adapters(
+    weights: dict[str, dict[str, Tensor]], stage: Stage, settings: LoraConfig
+) -> None:
+    """Merge adapted networks, and put their adapters beside them, under stems of their own."""
     for stem, name in stage.exported.items():
         if name in settings.networks:
-            files[stem] = merge(weights[stem], settings)
-            files[ADAPTERS[stem]] = adapter_tensors(weights[stem])
-    return files
+            state = weights.pop(stem)
+            weights[ADAPTERS[stem]] = adapter_tensors(state)
+            weights[stem] = base_tensors(state)
+            del state  # so that each tensor goes as its successor comes
+            merge_into(weights[stem], weights[ADAPTERS[stem]], scale=settings.scale)
 
 
 def export_manifest(

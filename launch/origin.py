@@ -12,8 +12,10 @@ from torch import Tensor
 
 from configs.load import load_config, to_dict
 from configs.schema import RunConfig
+from launch.adapters import Adapters, fold_scale
 from launch.build import export_manifest, new_stage
 from launch.export import (
+    ADAPTERS,
     MANIFEST,
     Export,
     ExportError,
@@ -24,6 +26,7 @@ from launch.export import (
 from train.checkpoint import MARKER, newest_whole, read_marker, sha256
 from train.consolidate import consolidate, trained_networks
 from train.fit import CHECKPOINTS, identity
+from train.lora import adapter_tensors, merge_into
 from train.restore import differences
 from train.stage import Stage
 
@@ -32,6 +35,7 @@ RAW, EMA = SETS = ("raw", "ema")
 CONFIG = "config.yaml"
 
 Read = Callable[[str, torch.dtype | None], dict[str, Tensor]]
+ReadAdapters = Callable[[str, torch.dtype | None], Adapters]
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class Origin:
         head: Tensors of the salience head.
         record: Where it came from, for the new manifest.
         run: Resolved config of the run, if it is at hand.
+        read_adapters: As `read`, to the adapters of student and critic, alpha / rank folded in;
+            None if the student was trained as a whole.
     """
 
     manifest: dict[str, Any]
@@ -53,6 +59,7 @@ class Origin:
     head: dict[str, Tensor] | None
     record: dict[str, Any]
     run: dict[str, Any] | None
+    read_adapters: ReadAdapters | None = None
 
 
 def open_origin(path: Path, *, weights: str | None = None) -> Origin:
@@ -118,7 +125,17 @@ def _of_export(folder: Path, weights: str | None) -> Origin:
             "imported_from": export.manifest.get("source"),
         },
         run=to_dict(load_config([str(config)])) if config.is_file() else None,
+        read_adapters=_adapters_of_export(export),
     )
+
+
+def _adapters_of_export(export: Export) -> ReadAdapters | None:
+    if ADAPTERS["transformer"] not in export.weights:
+        return None
+    scale = export.manifest["lora"]["alpha"] / export.manifest["lora"]["rank"]
+    held = {name: stem for name, stem in ADAPTERS.items() if stem in export.weights}
+    folded = {name: fold_scale(export.tensors(stem), scale) for name, stem in held.items()}
+    return lambda kind, dtype: {name: _read_given(own, kind, dtype) for name, own in folded.items()}
 
 
 def _of_checkpoint(folder: Path, weights: str | None) -> Origin:
@@ -130,14 +147,7 @@ def _of_checkpoint(folder: Path, weights: str | None) -> Origin:
     manifest = export_manifest(config, stage, described["identity"]["name"], inputs)
     manifest |= {"parents": described["identity"]["inputs"]}
     name = stage.exported["transformer"]
-    sets: tuple[str, ...]
-    if name in networks:
-        sets = (EMA, RAW) if networks[name] else (RAW,)
-        read: Read = partial(_read_trained, folder, name, dict(stage.networks[name].state_dict()))
-    else:
-        export, stem = _frozen(stage, name, inputs, folder)
-        sets = (export.manifest.get("weights") or RAW,)
-        read = partial(_read_given, export.tensors(stem))
+    sets, read = _read_network(stage, name, folder, networks, inputs)
     if weights is not None and weights not in sets:
         raise ExportError(
             f"--weights {weights} must be in {str(folder)!r}, found only the {sets[0]} weights of "
@@ -158,7 +168,70 @@ def _of_checkpoint(folder: Path, weights: str | None) -> Origin:
             "made_by": described["versions"],
         },
         run=to_dict(config),
+        read_adapters=_adapters_of_checkpoint(stage, folder, networks),
     )
+
+
+def _read_network(
+    stage: Stage,
+    name: str,
+    folder: Path,
+    networks: Mapping[str, bool],
+    inputs: Mapping[str, Export],
+) -> tuple[tuple[str, ...], Read]:
+    """Which weights there are of a network of the stage, and how they are read."""
+    if name not in networks:
+        export, stem = _untrained(stage, name, inputs, folder)
+        return (export.manifest.get("weights") or RAW,), partial(_read_given, export.tensors(stem))
+    sets = (EMA, RAW) if networks[name] else (RAW,)
+    if _is_adapted(stage, name):
+        export, stem = _untrained(stage, name, inputs, folder)
+        return sets, partial(_read_merged, folder, stage, name, export.tensors(stem))
+    like = dict(stage.networks[name].state_dict())
+    return sets, partial(_read_trained, folder, name, like)
+
+
+def _is_adapted(stage: Stage, name: str) -> bool:
+    return stage.config.lora is not None and name in stage.config.lora.networks
+
+
+def _read_merged(
+    folder: Path,
+    stage: Stage,
+    name: str,
+    base: Mapping[str, Tensor],
+    kind: str,
+    dtype: torch.dtype | None,
+) -> dict[str, Tensor]:
+    assert stage.config.lora is not None
+    weights = _read_given(base, kind, torch.float32)
+    factors = _read_factors(folder, stage, name, kind)
+    merge_into(weights, factors, scale=stage.config.lora.scale)
+    return _read_given(weights, kind, dtype)
+
+
+def _read_factors(folder: Path, stage: Stage, name: str, kind: str) -> dict[str, Tensor]:
+    named = stage.networks[name].named_parameters()
+    like = {key: parameter for key, parameter in named if parameter.requires_grad}
+    return adapter_tensors(consolidate(folder, name, like, ema=kind == EMA))
+
+
+def _adapters_of_checkpoint(
+    stage: Stage, folder: Path, networks: Mapping[str, bool]
+) -> ReadAdapters | None:
+    settings = stage.config.lora
+    if settings is None or not _is_adapted(stage, stage.exported["transformer"]):
+        return None
+    adapted = {stem: name for stem, name in stage.exported.items() if _is_adapted(stage, name)}
+
+    def read(kind: str, dtype: torch.dtype | None) -> Adapters:
+        found = {}
+        for stem, name in adapted.items():
+            factors = _read_factors(folder, stage, name, kind if networks[name] else RAW)
+            found[stem] = _read_given(fold_scale(factors, settings.scale), kind, dtype)
+        return found
+
+    return read
 
 
 def _config_of(folder: Path, described: Mapping[str, Any]) -> RunConfig:
@@ -208,16 +281,17 @@ def _inputs(config: RunConfig, described: Mapping[str, Any], folder: Path) -> di
     return found
 
 
-def _frozen(
+def _untrained(
     stage: Stage, name: str, inputs: Mapping[str, Export], folder: Path
 ) -> tuple[Export, str]:
-    """Export and file stem of a network that the stage only reads, which no checkpoint holds."""
-    role, stem = stage.frozen_sources[name][0]
+    """Export and file stem of what a stage reads and does not train: no checkpoint holds that."""
+    sources = {**stage.network_sources, **stage.frozen_sources}[name]
+    role, stem = next(source for source in sources if source[0] in stage.config.inputs)
     if role not in inputs:
         raise ExportError(
-            f"{str(folder)!r} holds no {name!r}, which this stage only reads: that is the "
-            f"{stem} of its input {role!r}, {stage.config.inputs.get(role)!r}, which is not there "
-            "as it was; bring it back, or give the export of the finished stage"
+            f"{str(folder)!r} holds only what this stage trains; {name!r} is, or begins with, the "
+            f"{stem} of its input {role!r}, {stage.config.inputs[role]!r}, which is not there as "
+            "it was; bring it back, or give the export of the finished stage"
         )
     return load_export(inputs[role].folder), stem
 
@@ -244,7 +318,7 @@ def _read_head(
     if name in networks:
         like = dict(stage.networks[name].state_dict())
         return consolidate(folder, name, like, ema=networks[name] and not is_raw)
-    export, stem = _frozen(stage, name, inputs, folder)
+    export, stem = _untrained(stage, name, inputs, folder)
     kept = ("head", "head_log", "head_block_len", "grid")
     manifest["config"] |= {key: export.manifest["config"][key] for key in kept}
     return export.tensors(stem)

@@ -28,16 +28,18 @@ from torch import Tensor
 
 from configs.load import to_dict
 from data.files import file_sha256
+from launch.adapters import ADAPTER_LAYOUTS, AdapterLayout
 from launch.card import model_card
 from launch.export import ExportError, sync
 from launch.layouts import LAYOUTS, Layout
 from launch.origin import SETS, Origin, open_origin
 from launch.steps import say
-from launch.verify import Seal, VerifyError, check_list, seal, verify
+from launch.verify import Seal, VerifyError, check_list, seal, verify, verify_adapters
 from models.kv_policies import build_policy
 from models.wan_config import Geometry, native_config
 from train.versions import code_version, package_version
 
+FORMS: dict[str, Layout | AdapterLayout] = {**LAYOUTS, **ADAPTER_LAYOUTS}
 PUBLISHED = "pafukv.json"
 HEAD = "salience_head.safetensors"
 CARD = "README.md"
@@ -58,8 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "runs/tiny/distill/checkpoints/step-00000006 of any number of ranks",
     )
     parser.add_argument("dst", type=Path, metavar="DST", help="new folder")
-    forms = "; ".join(f"{name}: {layout.title}" for name, layout in LAYOUTS.items())
-    parser.add_argument("--format", required=True, choices=LAYOUTS, dest="form", help=forms)
+    forms = "; ".join(f"{name}: {layout.title}" for name, layout in FORMS.items())
+    parser.add_argument("--format", required=True, choices=FORMS, dest="form", help=forms)
     parser.add_argument(
         "--weights",
         choices=SETS,
@@ -113,7 +115,7 @@ def publish(
     Args:
         source: See `launch.origin.open_origin`.
         dst: Must not exist.
-        form: A key of `LAYOUTS`.
+        form: A key of `FORMS`.
         weights: One of `SETS`, or None for what is preferred.
         dtype: Of the transformer; None = as it is.
         is_verified: Whether the result is compared before it appears.
@@ -127,7 +129,7 @@ def publish(
     """
     if os.path.lexists(dst):
         raise ExportError(f"DST {str(dst)!r} must not exist yet; choose another folder")
-    origin, layout = open_origin(source, weights=weights), LAYOUTS[form]
+    origin, layout = open_origin(source, weights=weights), FORMS[form]
     if origin.manifest["role"] not in layout.roles:
         raise ExportError(
             f"--format {form} must be given a {' or '.join(layout.roles)}, found a "
@@ -135,8 +137,13 @@ def publish(
         )
     geometry = _geometry(origin, source)
     with _new_folder(dst) as part:
-        seals = _write_weights(part, origin, layout, geometry, dtype=dtype)
-        verified = verify(part, layout, geometry, seals) if is_verified else None
+        if isinstance(layout, AdapterLayout):
+            seals = _write_adapters(part, origin, layout, dtype=dtype, source=source)
+            merged = origin.read(origin.sets[0], None) if is_verified else {}
+            verified = verify_adapters(part, form, geometry, seals, merged) if is_verified else None
+        else:
+            seals = _write_weights(part, origin, layout, geometry, dtype=dtype)
+            verified = verify(part, layout, geometry, seals) if is_verified else None
         if origin.head is not None:
             _write_head(part / HEAD, origin.head, is_verified=is_verified)
         manifest = _describe(part, origin, form, seals) | {"verified": verified}
@@ -179,6 +186,25 @@ def _write_weights(
     for path in parked:
         path.unlink()
     return seals
+
+
+def _write_adapters(
+    part: Path, origin: Origin, layout: AdapterLayout, *, dtype: torch.dtype | None, source: Path
+) -> dict[str, dict[str, Seal]]:
+    """Write what was trained of student and critic; returns the seals of the one set of it."""
+    if origin.read_adapters is None:
+        raise ExportError(
+            f"{str(source)!r} must hold the adapter of a student to be {layout.title}, its stage "
+            f"{origin.manifest['stage']!r} has trained whole networks; train with "
+            "stages.NAME.lora, or choose a format for whole networks"
+        )
+    kind = origin.sets[0]
+    held = origin.read_adapters(kind, dtype)
+    adapters = {name: own for name, own in held.items() if name in layout.networks}
+    layout.write(part, adapters)
+    return {
+        kind: {f"{name}.{k}": s for name, own in adapters.items() for k, s in seal(own).items()}
+    }
 
 
 def _write_head(path: Path, head: Mapping[str, Tensor], *, is_verified: bool) -> None:

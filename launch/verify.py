@@ -16,11 +16,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from launch.adapters import (
+    ADAPTER_LAYOUTS,
+    DIFFUSERS_FILE,
+    LONGLIVE,
+    LONGLIVE_FILE,
+    Adapters,
+)
 from launch.export import ExportError
 from launch.layouts import TRANSFORMER, Layout, optional
 from models.transformer import VideoTransformer
 from models.wan_config import Geometry, diffusers_config
 from models.wan_names import diffusers_name, native_name, native_names
+from train.lora import merge_into
 from train.versions import package_version
 
 TOLERANCE = 1e-5
@@ -115,7 +123,7 @@ def verify(
         )
         differences.append(_largest_difference(theirs, _ours(values, geometry), geometry))
     return {
-        "reader": "WanTransformer3DModel of diffusers " + package_version("diffusers"),
+        "reader": _reader(),
         "tensors": {kind: len(weights) for kind, weights in seals.items()},
         "bits": "equal",
         "outputs": "equal within the tolerance, all frames in one block",
@@ -123,6 +131,94 @@ def verify(
         "largest_difference": max(differences),
         "videos": [list(size) for size in SIZES],
     }
+
+
+def verify_adapters(
+    folder: Path,
+    form: str,
+    geometry: Geometry,
+    seals: Mapping[str, Mapping[str, Seal]],
+    merged: Mapping[str, Tensor],
+) -> dict[str, Any]:
+    """Read back adapters that were written to `folder` and compare them.
+
+    What diffusers' transformer computes with the student's adapter on top of the weights without it
+    must be what ours computes with the merged weights.
+
+    Args:
+        folder: As the form's `write` left it.
+        form: A key of `ADAPTER_LAYOUTS`.
+        geometry: Of the networks.
+        seals: Of the adapters that were to be written, by set and then `NETWORK.FACTOR`.
+        merged: Native weights of the student.
+
+    Returns:
+        As `verify`.
+
+    Raises:
+        VerifyError: If anything differs; says what.
+    """
+    found = ADAPTER_LAYOUTS[form].read(folder)
+    ((kind, wanted),) = seals.items()
+    read = {f"{name}.{k}": tensor for name, own in found.items() for k, tensor in own.items()}
+    _refuse(sorted(set(read) ^ set(wanted)), "names")
+    _refuse([name for name, own in seal(read).items() if own != wanted[name]], "bits")
+    adapter = {name: tensor.float() for name, tensor in found["transformer"].items()}
+    weights = {name: tensor.float() for name, tensor in merged.items()}
+    ours = _ours(weights, geometry)
+    base = dict(weights)
+    merge_into(base, adapter, scale=-1)
+    theirs, reader = _ADAPTED[form](folder, base, geometry, found)
+    return {
+        "reader": reader,
+        "tensors": {kind: len(wanted)},
+        "bits": "equal",
+        "outputs": "equal within the tolerance, all frames in one block",
+        "tolerance": TOLERANCE,
+        "largest_difference": _largest_difference(theirs, ours, geometry),
+        "videos": [list(size) for size in SIZES],
+    }
+
+
+def _adapted_by_diffusers(
+    folder: Path, base: Mapping[str, Tensor], geometry: Geometry, found: Adapters
+) -> tuple[Any, str]:
+    loader = optional("diffusers.loaders").WanLoraLoaderMixin
+    theirs = _from_tensors(base, geometry)
+    state = loader.lora_state_dict(str(folder), weight_name=DIFFUSERS_FILE)
+    loader.load_lora_into_transformer(state, theirs)
+    layers = sum(hasattr(module, "lora_A") for module in theirs.modules())
+    if 2 * layers != len(found["transformer"]):
+        raise VerifyError(
+            f"diffusers must find a layer for all {len(found['transformer'])} factors, found "
+            f"{layers} layers; nothing was exported"
+        )
+    return theirs, f"{_reader()} with the adapter loaded by its WanLoraLoaderMixin"
+
+
+def _adapted_by_peft(
+    folder: Path, base: Mapping[str, Tensor], geometry: Geometry, found: Adapters
+) -> tuple[Any, str]:
+    peft = optional("peft")
+    content = torch.load(folder / LONGLIVE_FILE, weights_only=True, mmap=True)
+    state = content[LONGLIVE["transformer"]]
+    seconds = [name for name in found["transformer"] if ".lora_B." in name]
+    rank = found["transformer"][seconds[0]].shape[1]
+    layers = [name.partition(".lora_B.")[0] for name in seconds]
+    settings = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=layers)
+    wrapped = peft.get_peft_model(_ours(base, geometry), settings)
+    _refuse(sorted(set(state) ^ set(peft.get_peft_model_state_dict(wrapped))), "names")
+    peft.set_peft_model_state_dict(wrapped, dict(state))
+    theirs = _from_tensors(wrapped.merge_and_unload().state_dict(), geometry)
+    reader = f"peft {package_version('peft')}, and by {_reader()} what peft has merged"
+    return theirs, f"{reader} (LongLive itself has read nothing of it)"
+
+
+_ADAPTED = {"diffusers-lora": _adapted_by_diffusers, "longlive-lora": _adapted_by_peft}
+
+
+def _reader() -> str:
+    return "WanTransformer3DModel of diffusers " + package_version("diffusers")
 
 
 def _refuse(names: list[str], what: str) -> None:

@@ -16,8 +16,7 @@ from configs.errors import ConfigError, UserError
 from configs.schema import LoraConfig
 
 NAME = "factors"
-"""Of the adapter, in peft's names of parameters."""
-BASE, FIRST, SECOND = ".base_layer.", f".lora_A.{NAME}.", f".lora_B.{NAME}."
+"""Of the adapter, in peft's names of parameters: `LAYER.lora_A.factors.weight`."""
 
 
 def require_peft() -> None:
@@ -84,33 +83,39 @@ def add_adapter(network: nn.Module, settings: LoraConfig, *, seed: int, key: str
 
 
 def adapter_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The trained factors in the state dict of an adapted network.
+    """The trained factors among the tensors of an adapted network.
 
     Returns:
         `LAYER.lora_A.weight` [rank, inputs] and `LAYER.lora_B.weight` [outputs, rank], with the
         names that layers have without adapters.
     """
+    return {key.replace(f".{NAME}.", "."): value for key, value in state.items() if _is_factor(key)}
+
+
+def base_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The other tensors of an adapted network, with the names that they have without adapters."""
     return {
-        key.replace(f".{NAME}.", "."): value
+        key.replace(".base_layer.", "."): value
         for key, value in state.items()
-        if FIRST in key or SECOND in key
+        if not _is_factor(key)
     }
 
 
-def merge(state: Mapping[str, Tensor], settings: LoraConfig) -> dict[str, Tensor]:
-    """The state dict of a network without adapters that computes the same as the adapted one.
+def _is_factor(key: str) -> bool:
+    return f".{NAME}." in key
+
+
+def merge_into(weights: dict[str, Tensor], adapter: Mapping[str, Tensor], *, scale: float) -> None:
+    """Add to weights what an adapter adds; a network with them computes what the adapted one does.
 
     Args:
-        state: Of an adapted network, in float32.
-        settings: Of its adapters.
+        weights: From `base_tensors`, in float32; entries are replaced one by one, so that no second
+            copy of all is held.
+        adapter: From `adapter_tensors`.
+        scale: alpha / rank; what the factors add counts so often.
     """
-    merged = {}
-    for key, value in state.items():
-        if FIRST in key or SECOND in key:
-            continue
-        layer, _, leaf = key.partition(BASE)
-        if leaf == "weight":
-            first, second = (state[f"{layer}{part}weight"] for part in (FIRST, SECOND))
-            value = value + second @ first * settings.scale
-        merged[f"{layer}.{leaf}" if leaf else key] = value
-    return merged
+    for key, second in adapter.items():
+        layer, found, _ = key.partition(".lora_B.")
+        if found:
+            change = second @ adapter[f"{layer}.lora_A.weight"] * scale
+            weights[f"{layer}.weight"] = weights[f"{layer}.weight"] + change

@@ -7,14 +7,16 @@ import torch
 from safetensors.torch import load_file
 
 from launch.__main__ import main
-from launch.export import load_export
+from launch.export import Export, ExportError, load_export
+from launch.origin import open_origin
 from train.checkpoint import newest_whole
 
 FEW_STEPS = ["stages.teacher.steps=1", "stages.causal.steps=1", "stages.distill.steps=2"]
+LAYERS = ("self_attn.v", "ffn.0")
 LORA = [
     "stages.distill.lora.rank=3",
     "stages.distill.lora.alpha=5",
-    "stages.distill.lora.targets=[self_attn.v,ffn.0]",
+    f"stages.distill.lora.targets=[{','.join(LAYERS)}]",
     "stages.distill.params.student_every=1",
     "stages.distill.optimizers.student.lr=0.05",
     "stages.distill.optimizers.critic.lr=0.05",
@@ -23,6 +25,30 @@ LORA = [
 
 def parts(path: Path) -> dict[str, torch.Tensor]:
     return load_file(path / "export" / "transformer.safetensors")
+
+
+def check_what_the_checkpoint_gives(saved: Path, export: Export) -> None:
+    """The average of the student and of nothing else, from a checkpoint without what was frozen."""
+    from_checkpoint, from_export = open_origin(saved), open_origin(export.folder)
+    assert (from_checkpoint.sets, from_export.sets) == (("ema", "raw"), ("ema",))
+    average, plain = (from_checkpoint.read(kind, None) for kind in ("ema", "raw"))
+    expected = from_export.read("ema", None)
+    assert average.keys() == plain.keys() == expected.keys()
+    assert all(torch.equal(average[name], expected[name]) for name in expected)
+    moved = {name for name in plain if not torch.equal(plain[name], expected[name])}
+    assert moved == {f"blocks.{n}.{name}.weight" for n in (0, 1) for name in LAYERS}
+    found, wanted = (origin.read_adapters("ema", None) for origin in (from_checkpoint, from_export))
+    assert found.keys() == wanted.keys() == {"transformer", "critic"}
+    for network, factors in wanted.items():
+        assert found[network].keys() == factors.keys()
+        assert all(torch.equal(found[network][name], value) for name, value in factors.items())
+    name = "blocks.0.ffn.0.lora_B.weight"
+    assert torch.equal(wanted["transformer"][name], export.tensors("adapter")[name] * (5 / 3))
+    base = saved.parents[2] / "causal" / "export"
+    base.rename(base.with_name("elsewhere"))
+    with pytest.raises(ExportError, match="begins with, the transformer of its input 'student'"):
+        open_origin(saved)
+    base.with_name("elsewhere").rename(base)
 
 
 def test_adapters_are_trained_exported_merged_and_alone_and_the_next_stage_goes_on(tiny, tmp_path):
@@ -54,6 +80,7 @@ def test_adapters_are_trained_exported_merged_and_alone_and_the_next_stage_goes_
     saved = newest_whole(run / "distill" / "checkpoints")
     held = sum(t.numel() for t in load_file(saved / "rank-00000.safetensors").values())
     assert held < sum(t.numel() for t in before.values()), "one base would be more than all of it"
+    check_what_the_checkpoint_gives(saved, export)
     more = ["stages.control.lora.rank=2", "stages.control.params.student_every=1"]
     assert main(["fit", *words, *more, "--stage", "control", "--dry-run"]) == 0
 
