@@ -1,4 +1,4 @@
-"""The adapter of a trained student, in the forms in which other programs take adapters.
+"""Adapters of trained networks, and the forms in which other programs take them.
 
     diffusers-lora  pytorch_lora_weights.safetensors, which diffusers' pipelines load beside Wan2.1
     longlive-lora   lora.pt: {generator_lora, critic_lora}, with the names that peft gives to
@@ -8,7 +8,7 @@ In both, what the factors add counts once: alpha / rank is folded into the secon
 every reader of these forms looks for an alpha.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from launch.export import ADAPTERS, Export
 from models.wan_names import diffusers_name, native_name
+from train.consolidate import consolidate
+from train.lora import adapter_tensors
+from train.stage import Stage
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 DIFFUSERS_PREFIX = "transformer."
@@ -53,6 +57,47 @@ def fold_scale(adapter: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]
     return {
         name: tensor * scale if ".lora_B." in name else tensor for name, tensor in adapter.items()
     }
+
+
+def adapters_of_export(export: Export) -> Adapters | None:
+    """What an export holds, alpha / rank folded in; None if it has no adapter of a student."""
+    if ADAPTERS["transformer"] not in export.weights:
+        return None
+    scale = export.manifest["lora"]["alpha"] / export.manifest["lora"]["rank"]
+    return {
+        network: fold_scale(export.tensors(stem), scale)
+        for network, stem in ADAPTERS.items()
+        if stem in export.weights
+    }
+
+
+def adapters_of_checkpoint(folder: Path, stage: Stage, *, averaged: Collection[str]) -> Adapters:
+    """The same from a checkpoint.
+
+    Args:
+        folder: Of the checkpoint.
+        stage: That wrote it; its networks may be on the meta device.
+        averaged: Names of networks whose moving average is wanted.
+    """
+    assert stage.config.lora is not None
+    scale = stage.config.lora.scale
+    return {
+        stem: fold_scale(trained_factors(folder, stage, name, ema=name in averaged), scale)
+        for stem, name in stage.exported.items()
+        if is_adapted(stage, name)
+    }
+
+
+def is_adapted(stage: Stage, name: str) -> bool:
+    """Whether the stage trains an adapter of this network, and not the whole."""
+    return stage.config.lora is not None and name in stage.config.lora.networks
+
+
+def trained_factors(folder: Path, stage: Stage, name: str, *, ema: bool) -> dict[str, Tensor]:
+    """The factors of an adapted network in a checkpoint, as they were trained."""
+    named = stage.networks[name].named_parameters()
+    like = {key: parameter for key, parameter in named if parameter.requires_grad}
+    return adapter_tensors(consolidate(folder, name, like, ema=ema))
 
 
 def _write_diffusers(folder: Path, adapters: Adapters) -> None:

@@ -12,10 +12,15 @@ from torch import Tensor
 
 from configs.load import load_config, to_dict
 from configs.schema import RunConfig
-from launch.adapters import Adapters, fold_scale
+from launch.adapters import (
+    Adapters,
+    adapters_of_checkpoint,
+    adapters_of_export,
+    is_adapted,
+    trained_factors,
+)
 from launch.build import export_manifest, new_stage
 from launch.export import (
-    ADAPTERS,
     MANIFEST,
     Export,
     ExportError,
@@ -26,7 +31,7 @@ from launch.export import (
 from train.checkpoint import MARKER, newest_whole, read_marker, sha256
 from train.consolidate import consolidate, trained_networks
 from train.fit import CHECKPOINTS, identity
-from train.lora import adapter_tensors, merge_into
+from train.lora import merge_into
 from train.restore import differences
 from train.stage import Stage
 
@@ -35,7 +40,7 @@ RAW, EMA = SETS = ("raw", "ema")
 CONFIG = "config.yaml"
 
 Read = Callable[[str, torch.dtype | None], dict[str, Tensor]]
-ReadAdapters = Callable[[str, torch.dtype | None], Adapters]
+ReadAdapters = Callable[[str], Adapters]
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,8 @@ class Origin:
         head: Tensors of the salience head.
         record: Where it came from, for the new manifest.
         run: Resolved config of the run, if it is at hand.
-        read_adapters: As `read`, to the adapters of student and critic, alpha / rank folded in;
-            None if the student was trained as a whole.
+        read_adapters: From one of `sets` to the adapters of student and critic, alpha / rank folded
+            in; None if the student was trained as a whole.
     """
 
     manifest: dict[str, Any]
@@ -111,7 +116,7 @@ def _of_export(folder: Path, weights: str | None) -> Origin:
             f"{f'only the {found} weights' if found else 'no word on which of both it holds'}; "
             "leave the option out, or give a checkpoint of the stage"
         )
-    config = folder.parent / CONFIG
+    config, adapters = folder.parent / CONFIG, adapters_of_export(export)
     added = ("format", "versions", "files")
     return Origin(
         manifest={key: value for key, value in export.manifest.items() if key not in added},
@@ -125,17 +130,8 @@ def _of_export(folder: Path, weights: str | None) -> Origin:
             "imported_from": export.manifest.get("source"),
         },
         run=to_dict(load_config([str(config)])) if config.is_file() else None,
-        read_adapters=_adapters_of_export(export),
+        read_adapters=None if adapters is None else lambda _: adapters,
     )
-
-
-def _adapters_of_export(export: Export) -> ReadAdapters | None:
-    if ADAPTERS["transformer"] not in export.weights:
-        return None
-    scale = export.manifest["lora"]["alpha"] / export.manifest["lora"]["rank"]
-    held = {name: stem for name, stem in ADAPTERS.items() if stem in export.weights}
-    folded = {name: fold_scale(export.tensors(stem), scale) for name, stem in held.items()}
-    return lambda kind, dtype: {name: _read_given(own, kind, dtype) for name, own in folded.items()}
 
 
 def _of_checkpoint(folder: Path, weights: str | None) -> Origin:
@@ -168,7 +164,9 @@ def _of_checkpoint(folder: Path, weights: str | None) -> Origin:
             "made_by": described["versions"],
         },
         run=to_dict(config),
-        read_adapters=_adapters_of_checkpoint(stage, folder, networks),
+        read_adapters=(
+            partial(_read_adapters, folder, stage, networks) if is_adapted(stage, name) else None
+        ),
     )
 
 
@@ -184,15 +182,11 @@ def _read_network(
         export, stem = _untrained(stage, name, inputs, folder)
         return (export.manifest.get("weights") or RAW,), partial(_read_given, export.tensors(stem))
     sets = (EMA, RAW) if networks[name] else (RAW,)
-    if _is_adapted(stage, name):
+    if is_adapted(stage, name):
         export, stem = _untrained(stage, name, inputs, folder)
         return sets, partial(_read_merged, folder, stage, name, export.tensors(stem))
     like = dict(stage.networks[name].state_dict())
     return sets, partial(_read_trained, folder, name, like)
-
-
-def _is_adapted(stage: Stage, name: str) -> bool:
-    return stage.config.lora is not None and name in stage.config.lora.networks
 
 
 def _read_merged(
@@ -205,33 +199,14 @@ def _read_merged(
 ) -> dict[str, Tensor]:
     assert stage.config.lora is not None
     weights = _read_given(base, kind, torch.float32)
-    factors = _read_factors(folder, stage, name, kind)
+    factors = trained_factors(folder, stage, name, ema=kind == EMA)
     merge_into(weights, factors, scale=stage.config.lora.scale)
     return _read_given(weights, kind, dtype)
 
 
-def _read_factors(folder: Path, stage: Stage, name: str, kind: str) -> dict[str, Tensor]:
-    named = stage.networks[name].named_parameters()
-    like = {key: parameter for key, parameter in named if parameter.requires_grad}
-    return adapter_tensors(consolidate(folder, name, like, ema=kind == EMA))
-
-
-def _adapters_of_checkpoint(
-    stage: Stage, folder: Path, networks: Mapping[str, bool]
-) -> ReadAdapters | None:
-    settings = stage.config.lora
-    if settings is None or not _is_adapted(stage, stage.exported["transformer"]):
-        return None
-    adapted = {stem: name for stem, name in stage.exported.items() if _is_adapted(stage, name)}
-
-    def read(kind: str, dtype: torch.dtype | None) -> Adapters:
-        found = {}
-        for stem, name in adapted.items():
-            factors = _read_factors(folder, stage, name, kind if networks[name] else RAW)
-            found[stem] = _read_given(fold_scale(factors, settings.scale), kind, dtype)
-        return found
-
-    return read
+def _read_adapters(folder: Path, stage: Stage, networks: Mapping[str, bool], kind: str) -> Adapters:
+    averaged = {name for name, has_average in networks.items() if has_average and kind == EMA}
+    return adapters_of_checkpoint(folder, stage, averaged=averaged)
 
 
 def _config_of(folder: Path, described: Mapping[str, Any]) -> RunConfig:

@@ -39,7 +39,6 @@ from models.kv_policies import build_policy
 from models.wan_config import Geometry, native_config
 from train.versions import code_version, package_version
 
-FORMS: dict[str, Layout | AdapterLayout] = {**LAYOUTS, **ADAPTER_LAYOUTS}
 PUBLISHED = "pafukv.json"
 HEAD = "salience_head.safetensors"
 CARD = "README.md"
@@ -60,8 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "runs/tiny/distill/checkpoints/step-00000006 of any number of ranks",
     )
     parser.add_argument("dst", type=Path, metavar="DST", help="new folder")
-    forms = "; ".join(f"{name}: {layout.title}" for name, layout in FORMS.items())
-    parser.add_argument("--format", required=True, choices=FORMS, dest="form", help=forms)
+    layouts: dict[str, Layout | AdapterLayout] = {**LAYOUTS, **ADAPTER_LAYOUTS}
+    forms = "; ".join(f"{name}: {layout.title}" for name, layout in layouts.items())
+    parser.add_argument("--format", required=True, choices=layouts, dest="form", help=forms)
     parser.add_argument(
         "--weights",
         choices=SETS,
@@ -115,7 +115,7 @@ def publish(
     Args:
         source: See `launch.origin.open_origin`.
         dst: Must not exist.
-        form: A key of `FORMS`.
+        form: A key of `LAYOUTS` or of `ADAPTER_LAYOUTS`.
         weights: One of `SETS`, or None for what is preferred.
         dtype: Of the transformer; None = as it is.
         is_verified: Whether the result is compared before it appears.
@@ -129,7 +129,8 @@ def publish(
     """
     if os.path.lexists(dst):
         raise ExportError(f"DST {str(dst)!r} must not exist yet; choose another folder")
-    origin, layout = open_origin(source, weights=weights), FORMS[form]
+    layout = ADAPTER_LAYOUTS[form] if form in ADAPTER_LAYOUTS else LAYOUTS[form]
+    origin = open_origin(source, weights=weights)
     if origin.manifest["role"] not in layout.roles:
         raise ExportError(
             f"--format {form} must be given a {' or '.join(layout.roles)}, found a "
@@ -199,8 +200,11 @@ def _write_adapters(
             "stages.NAME.lora, or choose a format for whole networks"
         )
     kind = origin.sets[0]
-    held = origin.read_adapters(kind, dtype)
-    adapters = {name: own for name, own in held.items() if name in layout.networks}
+    adapters = {
+        network: {name: tensor.to(dtype or tensor.dtype) for name, tensor in own.items()}
+        for network, own in origin.read_adapters(kind).items()
+        if network in layout.networks
+    }
     layout.write(part, adapters)
     return {
         kind: {f"{name}.{k}": s for name, own in adapters.items() for k, s in seal(own).items()}

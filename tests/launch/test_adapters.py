@@ -16,7 +16,7 @@ from launch.__main__ import main
 from launch.adapters import ADAPTER_LAYOUTS, DIFFUSERS_FILE, LONGLIVE_FILE, fold_scale
 from launch.build import network_config
 from launch.export import write_export
-from launch.publish import FORMS, PUBLISHED
+from launch.publish import PUBLISHED
 from launch.student import transformer_from_config
 from models.wan_config import Geometry, diffusers_config
 from models.wan_names import diffusers_name
@@ -223,7 +223,6 @@ def test_an_adapter_that_means_something_else_is_not_exported(
 ):
     layout = adapters.AdapterLayout("broken", write, read, ("transformer",))
     monkeypatch.setitem(ADAPTER_LAYOUTS, "diffusers-lora", layout)
-    monkeypatch.setitem(FORMS, "diffusers-lora", layout)
     assert export(exported, tmp_path / "dst", "diffusers-lora", "--verify") == 2
     assert words in capsys.readouterr().err
     assert not list(tmp_path.glob("dst*"))

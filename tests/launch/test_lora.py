@@ -37,7 +37,7 @@ def check_what_the_checkpoint_gives(saved: Path, export: Export) -> None:
     assert all(torch.equal(average[name], expected[name]) for name in expected)
     moved = {name for name in plain if not torch.equal(plain[name], expected[name])}
     assert moved == {f"blocks.{n}.{name}.weight" for n in (0, 1) for name in LAYERS}
-    found, wanted = (origin.read_adapters("ema", None) for origin in (from_checkpoint, from_export))
+    found, wanted = (origin.read_adapters("ema") for origin in (from_checkpoint, from_export))
     assert found.keys() == wanted.keys() == {"transformer", "critic"}
     for network, factors in wanted.items():
         assert found[network].keys() == factors.keys()
