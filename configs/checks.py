@@ -12,7 +12,12 @@ if TYPE_CHECKING:
 RESERVED_NAMES = ("data", "evaluate", "report", "superseded", "wandb")
 """Folders of a run that no stage may be called."""
 
-SECTION_KEYS = {"stage": "stages.*", "optim": "stages.*.optimizers.*", "world": "source.world"}
+SECTION_KEYS = {
+    "stage": "stages.*",
+    "optim": "stages.*.optimizers.*",
+    "lora": "stages.*.lora",
+    "world": "source.world",
+}
 """Where a section stands in the config, unless under its own name."""
 
 

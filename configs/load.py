@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import UnionType
 from typing import Any, TypeVar, get_args, get_type_hints
 
 import yaml
@@ -153,7 +154,8 @@ def _sibling_keys(merged: DictConfig, key: str) -> list[str]:
     schema: Any = OmegaConf.get_type(merged)
     for part in key.split(".")[:-1]:
         if dataclasses.is_dataclass(schema):
-            schema = get_type_hints(schema).get(part)
+            hint = get_type_hints(schema).get(part)
+            schema = get_args(hint)[0] if isinstance(hint, UnionType) else hint  # X of X | None
         else:  # dict[str, X]: any name is permitted, X is the type below it
             schema = get_args(schema)[-1] if get_args(schema) else None
     return [f.name for f in dataclasses.fields(schema)] if dataclasses.is_dataclass(schema) else []

@@ -238,6 +238,38 @@ class OptimConfig:
             require(value >= 0, f"stages.*.optimizers.*.{name} must not be negative, found {value}")
 
 
+def _linears_of_a_layer() -> list[str]:
+    parts = [f"{which}.{part}" for which in ("self_attn", "cross_attn") for part in "qkvo"]
+    return [*parts, "ffn.0", "ffn.2"]
+
+
+@dataclass
+class LoraConfig:
+    """Small factors that are trained in place of whole networks, see `train/lora.py`."""
+
+    rank: int = 16
+    alpha: float = 16.0
+    """What the factors add to a layer counts alpha / rank times."""
+    targets: list[str] = field(default_factory=_linears_of_a_layer)
+    """Linear layers that get factors, by the ends of their names; all of every block by default."""
+    networks: list[str] = field(default_factory=lambda: ["student", "critic"])
+    """The others of the stage are trained as a whole."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "rank", "alpha")
+        for name in ("targets", "networks"):
+            require(
+                len(getattr(self, name)) > 0,
+                f"stages.*.lora.{name} must not be empty; leave out stages.*.lora to train whole "
+                "networks",
+            )
+
+    @property
+    def scale(self) -> float:
+        """How often what the factors add to a layer counts."""
+        return self.alpha / self.rank
+
+
 @dataclass
 class StageConfig:
     """One stage of the plan."""
@@ -258,6 +290,8 @@ class StageConfig:
     """Role to an earlier stage of the plan, or to the folder of an export."""
     optimizers: dict[str, OptimConfig] = field(default_factory=dict)
     """One entry per trainable network."""
+    lora: LoraConfig | None = None
+    """For stages of kind `distill` and `streaming`; without it networks are trained as a whole."""
     params: dict[str, Any] = field(default_factory=dict)
     """Fields of the stage's own dataclass, which checks them."""
     checkpoint_every: int = 100

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from configs.errors import ConfigError, UserError
 from configs.load import config_hash, parse_section, to_dict
-from configs.schema import RunConfig, StageConfig
+from configs.schema import LoraConfig, RunConfig, StageConfig
 from data.codec import build_codec
 from data.datamodule import LatentDataModule
 from data.shards import ShardSet
 from data.targets import STORED, TargetSet, TargetSource
-from launch.export import Export, load_export, load_weights, write_export
+from launch.export import ADAPTERS, Export, load_export, load_weights, write_export
 from launch.plan import data_folder, run_folder, targets_folder
 from launch.student import head_from_config, transformer_from_config
 from models.transformer import VideoTransformer
@@ -24,6 +24,7 @@ from train.causal import Causal
 from train.compilation import compile_layers
 from train.distill import Distill
 from train.fit import fit, run_info
+from train.lora import adapter_tensors, add_adapter, base_tensors, merge_into
 from train.randomness import derive_seed
 from train.salience import SalienceStage
 from train.stage import Stage
@@ -253,6 +254,11 @@ def new_stage(
         }
         for wanted in (cls.network_sources, {name: cls.frozen_sources[name] for name in frozen})
     )
+    if settings.lora is not None:
+        for name in settings.lora.networks:
+            seed = derive_seed(stage_seed(config, stage_name), "adapter", name)
+            key = f"stages.{stage_name}.lora"
+            add_adapter(trained[name], settings.lora, seed=seed, key=key)
     for network in trained.values():
         if isinstance(network, VideoTransformer):
             network.recomputes_activations = config.trainer.activation_checkpointing
@@ -376,6 +382,8 @@ def export_stage(
             sources = stage.frozen_sources[name]
             network = _build_network(config, stage_name, name, sources, inputs)
             weights[stem] = dict(network.state_dict())
+    if stage.config.lora is not None:
+        _separate_adapters(weights, stage, stage.config.lora)
     folder = run_folder(config) / stage_name
     manifest = export_manifest(config, stage, stage_name, inputs)
     digest = write_export(folder / "export", weights=weights, manifest=manifest)
@@ -389,6 +397,19 @@ def export_stage(
     )
 
 
+def _separate_adapters(
+    weights: dict[str, dict[str, Tensor]], stage: Stage, settings: LoraConfig
+) -> None:
+    """Merge adapted networks, and put their adapters beside them, under stems of their own."""
+    for stem, name in stage.exported.items():
+        if name in settings.networks:
+            state = weights.pop(stem)
+            weights[ADAPTERS[stem]] = adapter_tensors(state)
+            weights[stem] = base_tensors(state)
+            del state  # so that each tensor goes as its successor comes
+            merge_into(weights[stem], weights[ADAPTERS[stem]], scale=settings.scale)
+
+
 def export_manifest(
     config: RunConfig, stage: Stage, stage_name: str, inputs: Mapping[str, Export]
 ) -> dict[str, object]:
@@ -399,6 +420,7 @@ def export_manifest(
     sampler = stage.sampler_sigmas()
     if sampler is None and "student" in inputs:
         sampler = inputs["student"].sampler
+    lora = stage.config.lora
     heads = [group["head"] for group in (stage.networks, stage.frozen) if "head" in group]
     critic = _critic_model(inputs) if "critic" in stage.exported else None
     return {
@@ -417,6 +439,7 @@ def export_manifest(
             per_block=any(head.block_len for head in heads),
         )
         | ({} if critic is None else {"critic": critic}),
+        "lora": None if lora is None else to_dict(lora),
         "parents": {role: export.hash for role, export in inputs.items()},
         "config_hash": config_hash(config),
     }

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from launch.adapters import ADAPTER_LAYOUTS
 from launch.formats import EMA, GENERATORS, RAW
 
 _LOADING = {
@@ -32,6 +33,17 @@ weights = torch.load("THIS_FOLDER/model.pt", weights_only=True, mmap=True)["{key
 ```
 
 Self-Forcing's `inference.py` takes the file as `--checkpoint_path`{flag}.""",
+    "diffusers-lora": """```python
+import torch
+from diffusers import WanPipeline
+
+pipeline = WanPipeline.from_pretrained("WAN_FOLDER", torch_dtype=torch.bfloat16)
+pipeline.load_lora_weights("THIS_FOLDER", weight_name="pytorch_lora_weights.safetensors")
+```""",
+    "longlive-lora": """`lora.pt` holds `generator_lora`, and `critic_lora` if the critic was
+adapted, too, with the names that peft gives to a wrapped network. They were derived from peft:
+whether LongLive's own code takes the file has not been tried. Its config must name this rank, and
+an alpha of the same size.""",
 }
 _KINDS = {EMA: "the moving average of the weights", RAW: "the weights, not averaged"}
 
@@ -74,6 +86,8 @@ def _what(manifest: Mapping[str, Any]) -> str:
             f"A block-causal text-to-video transformer: it generates {model['frames_per_block']} "
             "latent frames at a time and reads the earlier ones from a KV cache."
         )
+    if manifest["format"] in ADAPTER_LAYOUTS:
+        return f"{kind} {_adapter(manifest)}"
     text = (
         f"{kind} Wan2.1's architecture, {model['num_layers']} layers, {model['num_heads']} heads "
         f"of {model['head_dim']}, {manifest['parameters']:,} parameters "
@@ -85,6 +99,15 @@ def _what(manifest: Mapping[str, Any]) -> str:
     sigmas = ", ".join(f"{sigma:.4g}" for sigma in sampler["sigmas"])
     how = "new noise at each" if sampler["renoise"] else "Euler steps along the velocity"
     return f"{text} Sampler: noise levels {sigmas}; {how}."
+
+
+def _adapter(manifest: Mapping[str, Any]) -> str:
+    return (
+        f"This is not the network but a LoRA adapter for it, of rank {manifest['lora']['rank']}, "
+        f"{manifest['parameters']:,} parameters ({', '.join(manifest['dtypes'])}): what training "
+        "has added to the student that it started from, whose hash stands below, and fits on no "
+        "other. The second factors are scaled, so that alpha is the rank."
+    )
 
 
 def _training(manifest: Mapping[str, Any]) -> str:
@@ -115,6 +138,11 @@ def _loading(manifest: Mapping[str, Any]) -> str:
         kind = manifest["sets"][0]
         key, flag = GENERATORS[kind], ", with `--use_ema`" if kind == EMA else ""
         text = text.replace("{key}", key).replace("{flag}", flag)
+    if manifest["format"] in ADAPTER_LAYOUTS:
+        return (
+            f"{text}\n\nWhole networks come from `python -m launch export` with another format. "
+            "Diffusers' network is bidirectional: it knows no blocks and no KV cache."
+        )
     back = f"python -m launch import THIS_FOLDER NEW_FOLDER --role {manifest['role']}"
     if manifest["role"] == "teacher":
         return f"{text}\n\nBack into pafukv: `{back}`."
@@ -149,7 +177,7 @@ def _verified(manifest: Mapping[str, Any]) -> str:
     count = " + ".join(str(number) for number in found["tensors"].values())
     videos = ", ".join(" x ".join(map(str, size)) for size in found["videos"])
     lines = [
-        f"- Transformer: {count} tensors came back bit by bit, with the right names, shapes and "
+        f"- Weights: {count} tensors came back bit by bit, with the right names, shapes and "
         f"dtypes. In {found['reader']} and in pafukv's own network, in float32, velocity and the "
         f"state behind the last layer differ by at most {found['largest_difference']:.1e} of the "
         f"largest value (tolerance {found['tolerance']:g}) on seeded videos of {videos} "

@@ -3,6 +3,8 @@
 export/
   transformer.safetensors  weights of one network per file
   head.safetensors         salience head, if the stage has one
+  adapter.safetensors      what was trained of the transformer, which holds it already, if the stage
+                           trained adapters; critic_adapter.safetensors is the critic's
   manifest.json            role, stage, geometry, parents, and the hash of every file
 """
 
@@ -27,6 +29,8 @@ from train.versions import package_version
 FORMAT = 1
 MANIFEST = "manifest.json"
 ROLES = ("teacher", "student", "head")
+ADAPTERS = {"transformer": "adapter", "critic": "critic_adapter"}
+"""File stem of a network to that of its adapter; what layers these fit is under `lora`."""
 
 
 class ExportError(UserError):

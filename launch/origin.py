@@ -12,6 +12,13 @@ from torch import Tensor
 
 from configs.load import load_config, to_dict
 from configs.schema import RunConfig
+from launch.adapters import (
+    Adapters,
+    adapters_of_checkpoint,
+    adapters_of_export,
+    is_adapted,
+    trained_factors,
+)
 from launch.build import export_manifest, new_stage
 from launch.export import (
     MANIFEST,
@@ -25,6 +32,7 @@ from launch.formats import EMA, RAW
 from train.checkpoint import MARKER, newest_whole, read_marker, sha256
 from train.consolidate import consolidate, trained_networks
 from train.fit import CHECKPOINTS, identity
+from train.lora import merge_into
 from train.restore import differences
 from train.stage import Stage
 
@@ -32,6 +40,7 @@ SETS = (RAW, EMA)
 CONFIG = "config.yaml"
 
 Read = Callable[[str, torch.dtype | None], dict[str, Tensor]]
+ReadAdapters = Callable[[str], Adapters]
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,8 @@ class Origin:
         head: Tensors of the salience head.
         record: Where it came from, for the new manifest.
         run: Resolved config of the run, if it is at hand.
+        read_adapters: From one of `sets` to the adapters of student and critic, alpha / rank folded
+            in; None if the student was trained as a whole.
     """
 
     manifest: dict[str, Any]
@@ -53,6 +64,7 @@ class Origin:
     head: dict[str, Tensor] | None
     record: dict[str, Any]
     run: dict[str, Any] | None
+    read_adapters: ReadAdapters | None = None
 
 
 def open_origin(path: Path, *, weights: str | None = None) -> Origin:
@@ -104,7 +116,7 @@ def _of_export(folder: Path, weights: str | None) -> Origin:
             f"{f'only the {found} weights' if found else 'no word on which of both it holds'}; "
             "leave the option out, or give a checkpoint of the stage"
         )
-    config = folder.parent / CONFIG
+    config, adapters = folder.parent / CONFIG, adapters_of_export(export)
     added = ("format", "versions", "files")
     return Origin(
         manifest={key: value for key, value in export.manifest.items() if key not in added},
@@ -118,6 +130,7 @@ def _of_export(folder: Path, weights: str | None) -> Origin:
             "imported_from": export.manifest.get("source"),
         },
         run=to_dict(load_config([str(config)])) if config.is_file() else None,
+        read_adapters=None if adapters is None else lambda _: adapters,
     )
 
 
@@ -130,14 +143,7 @@ def _of_checkpoint(folder: Path, weights: str | None) -> Origin:
     manifest = export_manifest(config, stage, described["identity"]["name"], inputs)
     manifest |= {"parents": described["identity"]["inputs"]}
     name = stage.exported["transformer"]
-    sets: tuple[str, ...]
-    if name in networks:
-        sets = (EMA, RAW) if networks[name] else (RAW,)
-        read: Read = partial(_read_trained, folder, name, dict(stage.networks[name].state_dict()))
-    else:
-        export, stem = _frozen(stage, name, inputs, folder)
-        sets = (export.manifest.get("weights") or RAW,)
-        read = partial(_read_given, export.tensors(stem))
+    sets, read = _read_network(stage, name, folder, networks, inputs)
     if weights is not None and weights not in sets:
         raise ExportError(
             f"--weights {weights} must be in {str(folder)!r}, found only the {sets[0]} weights of "
@@ -158,7 +164,49 @@ def _of_checkpoint(folder: Path, weights: str | None) -> Origin:
             "made_by": described["versions"],
         },
         run=to_dict(config),
+        read_adapters=(
+            partial(_read_adapters, folder, stage, networks) if is_adapted(stage, name) else None
+        ),
     )
+
+
+def _read_network(
+    stage: Stage,
+    name: str,
+    folder: Path,
+    networks: Mapping[str, bool],
+    inputs: Mapping[str, Export],
+) -> tuple[tuple[str, ...], Read]:
+    """Which weights there are of a network of the stage, and how they are read."""
+    if name not in networks:
+        export, stem = _untrained(stage, name, inputs, folder)
+        return (export.manifest.get("weights") or RAW,), partial(_read_given, export.tensors(stem))
+    sets = (EMA, RAW) if networks[name] else (RAW,)
+    if is_adapted(stage, name):
+        export, stem = _untrained(stage, name, inputs, folder)
+        return sets, partial(_read_merged, folder, stage, name, export.tensors(stem))
+    like = dict(stage.networks[name].state_dict())
+    return sets, partial(_read_trained, folder, name, like)
+
+
+def _read_merged(
+    folder: Path,
+    stage: Stage,
+    name: str,
+    base: Mapping[str, Tensor],
+    kind: str,
+    dtype: torch.dtype | None,
+) -> dict[str, Tensor]:
+    assert stage.config.lora is not None
+    weights = _read_given(base, kind, torch.float32)
+    factors = trained_factors(folder, stage, name, ema=kind == EMA)
+    merge_into(weights, factors, scale=stage.config.lora.scale)
+    return _read_given(weights, kind, dtype)
+
+
+def _read_adapters(folder: Path, stage: Stage, networks: Mapping[str, bool], kind: str) -> Adapters:
+    averaged = {name for name, has_average in networks.items() if has_average and kind == EMA}
+    return adapters_of_checkpoint(folder, stage, averaged=averaged)
 
 
 def _config_of(folder: Path, described: Mapping[str, Any]) -> RunConfig:
@@ -208,16 +256,17 @@ def _inputs(config: RunConfig, described: Mapping[str, Any], folder: Path) -> di
     return found
 
 
-def _frozen(
+def _untrained(
     stage: Stage, name: str, inputs: Mapping[str, Export], folder: Path
 ) -> tuple[Export, str]:
-    """Export and file stem of a network that the stage only reads, which no checkpoint holds."""
-    role, stem = stage.frozen_sources[name][0]
+    """Export and file stem of what a stage reads and does not train: no checkpoint holds that."""
+    sources = {**stage.network_sources, **stage.frozen_sources}[name]
+    role, stem = next(source for source in sources if source[0] in stage.config.inputs)
     if role not in inputs:
         raise ExportError(
-            f"{str(folder)!r} holds no {name!r}, which this stage only reads: that is the "
-            f"{stem} of its input {role!r}, {stage.config.inputs.get(role)!r}, which is not there "
-            "as it was; bring it back, or give the export of the finished stage"
+            f"{str(folder)!r} holds only what this stage trains; {name!r} is, or begins with, the "
+            f"{stem} of its input {role!r}, {stage.config.inputs[role]!r}, which is not there as "
+            "it was; bring it back, or give the export of the finished stage"
         )
     return load_export(inputs[role].folder), stem
 
@@ -244,7 +293,7 @@ def _read_head(
     if name in networks:
         like = dict(stage.networks[name].state_dict())
         return consolidate(folder, name, like, ema=networks[name] and not is_raw)
-    export, stem = _frozen(stage, name, inputs, folder)
+    export, stem = _untrained(stage, name, inputs, folder)
     kept = ("head", "head_log", "head_block_len", "grid")
     manifest["config"] |= {key: export.manifest["config"][key] for key in kept}
     return export.tensors(stem)

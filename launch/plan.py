@@ -4,10 +4,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from configs.checks import require_budgets
 from configs.errors import ConfigError
 from configs.load import config_hash, nearest, parse_section, save_config, to_dict
-from configs.schema import FREE_STAGE_KEYS, RunConfig
+from configs.schema import FREE_STAGE_KEYS, RunConfig, StageConfig
 from data.codec import codec_identity
 from data.ingest import encode, ingest
 from data.targets import STORED
@@ -15,7 +17,9 @@ from data.text import text_identity
 from launch.export import find_export, read_manifest
 from launch.source import fingerprint, list_videos, write_list
 from launch.steps import Step, is_leader, run_one_step, run_steps
+from launch.student import transformer_from_config
 from models.kv_policies import build_policy
+from train.lora import require_peft, target_layers
 from train.world import resolve_world
 
 
@@ -95,6 +99,7 @@ def check_stages(config: RunConfig, *, ranks: int = 1) -> None:
         rank_share(stage, ranks)
         cls.check(stage, params, key=key, block=config.model.frames_per_block)
         _check_cache(to_dict(params), f"{key}.params", config)
+        _check_lora(stage, key, config)
         wanted = sorted(cls.network_sources)
         if sorted(stage.optimizers) != wanted:
             raise ConfigError(
@@ -115,6 +120,15 @@ def _check_cache(params: dict[str, Any], key: str, config: RunConfig) -> None:
             build_policy(params["policy"], params["policy_params"])
         except ValueError as error:
             raise ConfigError(f"{key}.policy: {error}") from error
+
+
+def _check_lora(stage: StageConfig, key: str, config: RunConfig) -> None:
+    """Check that every target of adapters names a layer of the network."""
+    if stage.lora is not None:
+        require_peft()
+        with torch.device("meta"):
+            network = transformer_from_config(to_dict(config.model))
+        target_layers(network, stage.lora.targets, key=f"{key}.lora.targets")
 
 
 def data_folder(config: RunConfig) -> Path:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from configs.load import to_dict
 from data.files import file_sha256
+from launch.adapters import ADAPTER_LAYOUTS, AdapterLayout
 from launch.card import model_card
 from launch.export import ExportError, sync
 from launch.formats import Checkpoint
@@ -36,6 +37,7 @@ from launch.origin import SETS, Origin, open_origin
 from launch.published import HEAD, PUBLISHED
 from launch.steps import say
 from launch.verify import Seal, VerifyError, seal, verify
+from launch.verify_adapters import verify_adapters
 from launch.weight_checks import require_tensors
 from models.kv_policies import build_policy
 from models.wan_config import Geometry, native_config
@@ -59,8 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "runs/tiny/distill/checkpoints/step-00000006 of any number of ranks",
     )
     parser.add_argument("dst", type=Path, metavar="DST", help="new folder")
-    forms = "; ".join(f"{name}: {layout.title}" for name, layout in LAYOUTS.items())
-    parser.add_argument("--format", required=True, choices=LAYOUTS, dest="form", help=forms)
+    layouts: dict[str, Layout | AdapterLayout] = {**LAYOUTS, **ADAPTER_LAYOUTS}
+    forms = "; ".join(f"{name}: {layout.title}" for name, layout in layouts.items())
+    parser.add_argument("--format", required=True, choices=layouts, dest="form", help=forms)
     parser.add_argument(
         "--weights",
         choices=SETS,
@@ -115,7 +118,7 @@ def publish(
     Args:
         source: See `launch.origin.open_origin`.
         dst: Must not exist.
-        form: A key of `LAYOUTS`.
+        form: A key of `LAYOUTS` or of `ADAPTER_LAYOUTS`.
         weights: One of `SETS`, or None for what is preferred.
         dtype: Of the transformer; None = as it is.
         is_verified: Whether the result is compared before it appears.
@@ -129,7 +132,8 @@ def publish(
     """
     if os.path.lexists(dst):
         raise ExportError(f"DST {str(dst)!r} must not exist yet; choose another folder")
-    origin, layout = open_origin(source, weights=weights), LAYOUTS[form]
+    layout = ADAPTER_LAYOUTS[form] if form in ADAPTER_LAYOUTS else LAYOUTS[form]
+    origin = open_origin(source, weights=weights)
     if origin.manifest["role"] not in layout.roles:
         raise ExportError(
             f"--format {form} must be given a {' or '.join(layout.roles)}, found a "
@@ -137,8 +141,13 @@ def publish(
         )
     geometry = _geometry(origin, source)
     with _new_folder(dst) as part:
-        seals = _write_weights(part, source, origin, layout, geometry, dtype=dtype)
-        verified = verify(part, layout, geometry, seals) if is_verified else None
+        if isinstance(layout, AdapterLayout):
+            seals = _write_adapters(part, origin, layout, dtype=dtype, source=source)
+            merged = origin.read(origin.sets[0], None) if is_verified else {}
+            verified = verify_adapters(part, form, geometry, seals, merged) if is_verified else None
+        else:
+            seals = _write_weights(part, source, origin, layout, geometry, dtype=dtype)
+            verified = verify(part, layout, geometry, seals) if is_verified else None
         if origin.head is not None:
             _write_head(part / HEAD, origin.head, is_verified=is_verified)
         manifest = _describe(part, origin, form, seals) | {"verified": verified}
@@ -187,6 +196,28 @@ def _write_weights(
     for path in parked:
         path.unlink()
     return seals
+
+
+def _write_adapters(
+    part: Path, origin: Origin, layout: AdapterLayout, *, dtype: torch.dtype | None, source: Path
+) -> dict[str, dict[str, Seal]]:
+    """Write what was trained of student and critic; returns the seals of the one set of it."""
+    if origin.read_adapters is None:
+        raise ExportError(
+            f"{str(source)!r} must hold the adapter of a student to be {layout.title}, its stage "
+            f"{origin.manifest['stage']!r} has trained whole networks; train with "
+            "stages.NAME.lora, or choose a format for whole networks"
+        )
+    kind = origin.sets[0]
+    adapters = {
+        network: {name: tensor.to(dtype or tensor.dtype) for name, tensor in own.items()}
+        for network, own in origin.read_adapters(kind).items()
+        if network in layout.networks
+    }
+    layout.write(part, adapters)
+    return {
+        kind: {f"{name}.{k}": s for name, own in adapters.items() for k, s in seal(own).items()}
+    }
 
 
 def _write_head(path: Path, head: Mapping[str, Tensor], *, is_verified: bool) -> None:

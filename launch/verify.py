@@ -77,17 +77,35 @@ def verify(
                 f"config.json must say {geometry}, found {found.config}; nothing was exported"
             )
         is_folder = (folder / TRANSFORMER).is_dir()
-        theirs = _from_folder(folder) if is_folder else _from_tensors(found.tensors, geometry)
+        theirs = (
+            _from_folder(folder) if is_folder else network_of_diffusers(found.tensors, geometry)
+        )
         values = {native_name(name): tensor for name, tensor in theirs.state_dict().items()}
         _check_bits(values, wanted)
-        differences.append(_largest_difference(theirs, _ours(values, geometry), geometry))
+        differences.append(largest_difference(theirs, own_network(values, geometry), geometry))
     return {
-        "reader": "WanTransformer3DModel of diffusers " + package_version("diffusers"),
+        "reader": reader(),
         "tensors": {kind: len(weights) for kind, weights in seals.items()},
+        **describe(max(differences)),
+    }
+
+
+def reader() -> str:
+    """What compared it, for the manifest."""
+    return "WanTransformer3DModel of diffusers " + package_version("diffusers")
+
+
+def describe(difference: float) -> dict[str, Any]:
+    """What was found equal, for the manifest.
+
+    Args:
+        difference: From `largest_difference`.
+    """
+    return {
         "bits": "equal",
         "outputs": "equal within the tolerance, all frames in one block",
         "tolerance": TOLERANCE,
-        "largest_difference": max(differences),
+        "largest_difference": difference,
         "videos": [list(size) for size in SIZES],
     }
 
@@ -147,7 +165,7 @@ def _from_folder(folder: Path) -> Any:
     return model.eval()
 
 
-def _from_tensors(weights: Mapping[str, Tensor], geometry: Geometry) -> Any:
+def network_of_diffusers(weights: Mapping[str, Tensor], geometry: Geometry) -> Any:
     """Diffusers' transformer around native tensors that were read from a file."""
     with optional("accelerate").init_empty_weights():
         model = optional("diffusers").WanTransformer3DModel.from_config(diffusers_config(geometry))
@@ -156,7 +174,8 @@ def _from_tensors(weights: Mapping[str, Tensor], geometry: Geometry) -> Any:
     return model.eval()
 
 
-def _ours(weights: Mapping[str, Tensor], geometry: Geometry) -> VideoTransformer:
+def own_network(weights: Mapping[str, Tensor], geometry: Geometry) -> VideoTransformer:
+    """Our transformer around native tensors."""
     with torch.device("meta"):
         network = VideoTransformer(**asdict(geometry))
     network.load_state_dict(dict(weights), assign=True)
@@ -164,8 +183,14 @@ def _ours(weights: Mapping[str, Tensor], geometry: Geometry) -> VideoTransformer
 
 
 @torch.no_grad()
-def _largest_difference(theirs: Any, ours: VideoTransformer, geometry: Geometry) -> float:
-    """Of all videos: of the velocity, and behind the last layer (a new network's velocity is 0)."""
+def largest_difference(theirs: Any, ours: VideoTransformer, geometry: Geometry) -> float:
+    """Of the outputs of two networks, relative to the largest value, over all videos.
+
+    Compared are the velocity, and what the last layer gives (a new network's velocity is 0).
+
+    Raises:
+        VerifyError: If it is above `TOLERANCE`.
+    """
     largest = 0.0
     for number, (frames, *grid) in enumerate(SIZES):
         size = [n * patch for n, patch in zip(grid, geometry.patch_size[1:], strict=True)]

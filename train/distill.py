@@ -73,6 +73,7 @@ class DistributionMatching(Stage):
     """What `distill` and `streaming` share: student and critic steps on a window of latents."""
 
     params: DistributionMatchingParams
+    takes_lora = True
     frozen_sources: ClassVar = {"teacher": (("teacher", "transformer"),)}
 
     @classmethod

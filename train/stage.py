@@ -14,7 +14,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from configs.checks import require_blocks
+from configs.checks import require, require_blocks, require_choice
 from configs.errors import ConfigError
 from configs.schema import StageConfig
 from train.checkpoint import Snapshot, capture
@@ -52,6 +52,7 @@ class Stage(L.LightningModule):
         exported: File stem in the export to the name of a network.
         shared_geometry: Keys of `model` in which a teacher must agree with the run, even if only
             what it says of latents is read.
+        takes_lora: Whether adapters may be trained in place of whole networks.
         restarts_at_snapshot: Whether checkpoints hold the last `mark_restart_point` and not the
             present, for stages whose running state cannot be written down.
         config: Of this stage.
@@ -80,6 +81,7 @@ class Stage(L.LightningModule):
         "text_dim",
         "patch_size",
     )
+    takes_lora: ClassVar[bool] = False
     restarts_at_snapshot: ClassVar[bool] = False
 
     def __init__(
@@ -135,6 +137,14 @@ class Stage(L.LightningModule):
             block: Frames per block.
         """
         require_blocks(f"{key}.frames", [config.frames], block)
+        if config.lora is not None:
+            require(
+                cls.takes_lora,
+                f"{key}.lora must be left out: a {config.kind!r} stage trains whole networks; "
+                "stages of kind 'distill' and 'streaming' can train adapters",
+            )
+            for name in config.lora.networks:
+                require_choice(f"{key}.lora.networks", name, cls.network_sources)
 
     @property
     def block_len(self) -> int:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from configs.schema import RunConfig, TrackingConfig, TrainerConfig
+from configs.schema import LoraConfig, RunConfig, TrackingConfig, TrainerConfig
 from data.datamodule import SwitchBatch
 from tests.train.small_stages import batch, small_stage
 from tests.train.toy import arrange
@@ -60,7 +60,9 @@ class Numbered(Dataset):
 
 
 def exact_stage(kind: str, **changes) -> Stage:
-    """A small stage; `changes` as in `small_stage`."""
+    """A small stage; `changes` as in `small_stage`; `lora` is `distill` with adapters."""
+    if kind == "lora":
+        kind, changes = "distill", changes | {"lora": LoraConfig(rank=3, alpha=5.0)}
     return small_stage(kind, PARAMS.get(kind), batch=BATCH, log_every=5, ema=0.9, **changes)
 
 
@@ -98,7 +100,8 @@ def train(path: Path, words: dict[str, Any]) -> None:
     fit(stage, Shares(steps), folder=path.with_suffix(""), config=config, stage_name="test")
     for name, engine in stage.engines.items():
         found |= {f"ema/{name}/{k}": value for k, value in engine.weights(ema=True).items()}
-    shares = [getattr(p, "ds_tensor", p).numel() for p in stage.frozen.parameters()]
+    frozen = [p for p in stage.parameters() if not p.requires_grad]
+    shares = [getattr(p, "ds_tensor", p).numel() for p in frozen]
     found["frozen_elements"] = torch.tensor(sum(shares))
     if rank() == 0:
         safetensors.torch.save_file(found, path)
@@ -125,7 +128,8 @@ class PlainEngine:
 
     def __init__(self, name: str, module: nn.Module, settings: Any, meeting: Meeting):
         self.name, self.module, self.settings, self.meeting = name, module, settings, meeting
-        self.parameters = list(module.parameters())
+        self.trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        self.parameters = list(self.trained.values())
         self.average = [p.detach().clone() for p in self.parameters]
         self.first_gradient: dict[str, Tensor] = {}
         self.adamw = torch.optim.AdamW(
@@ -151,8 +155,7 @@ class PlainEngine:
         for number, parameter in enumerate(self.parameters):
             parameter.grad = sum(own[number] for own in everyone) / len(everyone)
         if not self.first_gradient:
-            named = self.module.named_parameters()
-            self.first_gradient = {name: p.grad.clone() for name, p in named}
+            self.first_gradient = {name: p.grad.clone() for name, p in self.trained.items()}
         norm = torch.stack([p.grad.norm() for p in self.parameters]).norm()
         if self.settings.clip > 0:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip)
@@ -175,8 +178,7 @@ class PlainEngine:
     def weights(self, ema: bool = False) -> dict[str, Tensor]:
         state = {key: value.detach().clone() for key, value in self.module.state_dict().items()}
         if ema:
-            names = [name for name, _ in self.module.named_parameters()]
-            state |= dict(zip(names, self.average, strict=True))
+            state |= dict(zip(self.trained, self.average, strict=True))
         return state
 
 

@@ -41,7 +41,10 @@ def run_cases(*waves: dict[str, dict], folder: Path) -> dict[str, list[dict]]:
 def main(results: Path) -> None:
     """Run all waves."""
     found: dict[str, list[dict]] = {}
-    for wave in json.load(sys.stdin):
+    waves = json.load(sys.stdin)
+    if any("lora" in case["words"] for wave in waves for case in wave.values()):
+        import peft  # noqa: F401  5 s, once for all ranks
+    for wave in waves:
         found |= run_wave(wave, results)
     results.write_text(json.dumps(found))
 

@@ -9,6 +9,7 @@ from tests.models.small import random_transformer, small_transformer
 from train.causal import Causal, CausalParams
 from train.distill import Distill, DistillParams
 from train.engine import SingleEngine, build_engines
+from train.lora import add_adapter
 from train.salience import SalienceParams, SalienceStage
 from train.stage import Stage
 from train.streaming import Streaming, StreamingParams
@@ -33,6 +34,9 @@ def batch(size: int = 2, first_seed: int = 10) -> LatentBatch:
 
 def unbuilt(cls, params, trained, frozen=None, **changes) -> Stage:
     """A stage without engines; `changes` are fields of its config or of every optimiser."""
+    if changes.get("lora") is not None:
+        for number, name in enumerate(changes["lora"].networks):
+            add_adapter(trained[name], changes["lora"], seed=number, key="lora")
     lr, clip = changes.pop("lr", 1e-3), changes.pop("clip", 1.0)
     optim = OptimConfig(
         lr=lr, warmup=0, schedule="constant", clip=clip, ema=changes.pop("ema", 0.0)

@@ -30,11 +30,12 @@ ALL = [
     for rank in (0, 1)
     if (moment, rank) != ("before-pointer", 1)
 ]
+ALL += [("lora", "mid-step", 1), ("lora", "mid-save", 0)]
 
 
 def strategy_of(kind: str, rank: int) -> str:
     """Another strategy for each: what is tested is the same in all of them."""
-    which = (KINDS.index(kind) + rank) % 3
+    which = ((*KINDS, "lora").index(kind) + rank) % 3
     return ("--strategy ddp", "--zero_stage 2", "--zero_stage 3")[which]
 
 
