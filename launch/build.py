@@ -16,7 +16,7 @@ from data.codec import build_codec
 from data.datamodule import LatentDataModule
 from data.shards import ShardSet
 from data.targets import STORED, TargetSet, TargetSource
-from launch.export import ADAPTERS, Export, load_export, load_weights, write_export
+from launch.export import ADAPTERS, Export, load_export, map_weights, write_export
 from launch.plan import data_folder, run_folder, targets_folder
 from launch.student import head_from_config, transformer_from_config
 from models.transformer import VideoTransformer
@@ -197,6 +197,18 @@ def _new_network(name: str, config: dict[str, Any]) -> nn.Module:
     return transformer_from_config(_model_of(name, config))
 
 
+def _fresh_network(config: RunConfig, stage_name: str, name: str) -> nn.Module:
+    """A network with weights that follow from the seed of its stage and its name."""
+    params = config.stages[stage_name].params
+    with torch.random.fork_rng(devices=[]):
+        # torch.manual_seed would set the generators of all GPUs as well.
+        torch.default_generator.manual_seed(
+            derive_seed(stage_seed(config, stage_name), "weights", name)
+        )
+        targets = {key: bool(params.get(key, False)) for key in ("log", "per_block")}
+        return _new_network(name, network_config(config, **targets))
+
+
 def _build_network(
     config: RunConfig,
     stage_name: str,
@@ -204,16 +216,9 @@ def _build_network(
     sources: tuple[tuple[str, str], ...],
     exports: Mapping[str, Export],
 ) -> nn.Module:
-    """A network of a stage: fresh if it has no sources, else loaded from the first one given."""
-    params = config.stages[stage_name].params
+    """A network of a stage: fresh if it has no sources, else mapped from the first one given."""
     if not sources:
-        with torch.random.fork_rng(devices=[]):
-            # torch.manual_seed would set the generators of all GPUs as well.
-            torch.default_generator.manual_seed(
-                derive_seed(stage_seed(config, stage_name), "weights", name)
-            )
-            targets = {key: bool(params.get(key, False)) for key in ("log", "per_block")}
-            return _new_network(name, network_config(config, **targets))
+        return _fresh_network(config, stage_name, name)
     given = [(role, stem) for role, stem in sources if role in exports]
     if not given:
         raise ConfigError(
@@ -222,8 +227,9 @@ def _build_network(
         )
     held = [(role, stem) for role, stem in given if stem in exports[role].weights]
     role, stem = (held or given)[0]
-    network = _new_network(name, exports[role].manifest["config"])
-    load_weights(network, exports[role], stem=stem)
+    with torch.device("meta"):
+        network = _new_network(name, exports[role].manifest["config"])
+    map_weights(network, exports[role], stem=stem)
     return network
 
 

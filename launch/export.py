@@ -189,6 +189,31 @@ def load_weights(module: nn.Module, export: Export, *, stem: str) -> None:
     Raises:
         ExportError: If the file, keys or shapes differ; names the first of each kind.
     """
+    _check_fit(module, export, stem=stem)
+    module.load_state_dict(export.tensors(stem))
+
+
+def map_weights(module: nn.Module, export: Export, *, stem: str) -> None:
+    """Put the tensors of the file `stem` in place of those of `module`, mapped into memory.
+
+    They have the dtype of the file and share its pages with every other process that reads it; a
+    page that is written to becomes the module's own. See `train.memory.settle`.
+
+    Args:
+        module: May be on the meta device.
+        export: That holds the file.
+        stem: Of the file.
+
+    Raises:
+        ExportError: As in `load_weights`.
+    """
+    _check_fit(module, export, stem=stem)
+    # A mapping of its own: networks that started from one file must not share what they change.
+    weights = safetensors.torch.load_file(export.folder / f"{stem}.safetensors")
+    module.load_state_dict(weights, assign=True)
+
+
+def _check_fit(module: nn.Module, export: Export, *, stem: str) -> None:
     weights, wanted = export.tensors(stem), module.state_dict()
     problems = [f"{key} is missing" for key in wanted if key not in weights][:1]
     problems += [f"{key} is not in the network" for key in sorted(weights) if key not in wanted][:1]
@@ -202,7 +227,6 @@ def load_weights(module: nn.Module, export: Export, *, stem: str) -> None:
             f"{stem}.safetensors in {str(export.folder)!r} must fit the configured network: "
             f"{'; '.join(problems)}; compare `model` in the config with that in its manifest.json"
         )
-    module.load_state_dict(weights)
 
 
 def _check_role(folder: Path, manifest: Mapping[str, Any], role: str | None) -> None:

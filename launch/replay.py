@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from configs.errors import UserError
@@ -37,6 +38,7 @@ from train.failures import (
     step_number,
 )
 from train.fit import CHECKPOINTS, attach_config, prepare_process
+from train.memory import settle
 from train.randomness import derive_seed, seed_generators
 from train.restore import restore, restore_random
 from train.stage import NonFiniteError, Stage
@@ -154,7 +156,9 @@ def replay(config: RunConfig, folder: Path, step: int) -> dict[str, Any]:
     stage, datamodule = build_stage(config, name)
     hashes = {role: export.hash for role, export in load_inputs(config, name).items()}
     attach_config(stage, config, name, input_hashes=hashes)
-    stage.to("cuda" if uses_gpu(config.trainer) else "cpu")
+    device = torch.device("cuda" if uses_gpu(config.trainer) else "cpu")
+    settle(stage, device)
+    stage.to(device)
     stage.engines = build_engines(stage.engine_specs(), SingleEngine)
     source = restore_before(stage, folder / CHECKPOINTS, step)
     say(f"from {source or 'the start of the stage'}: {step - 1 - stage.completed} steps to repeat")

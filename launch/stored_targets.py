@@ -10,6 +10,7 @@ from data.targets import write_targets
 from launch.build import latents_folder, load_inputs, new_stage, target_source
 from launch.plan import targets_folder
 from train.fit import prepare_process
+from train.memory import settle
 from train.salience import SalienceStage
 from train.strategy import uses_gpu
 
@@ -25,7 +26,9 @@ def write_stage_targets(config: RunConfig, stage_name: str) -> None:
     stage = new_stage(config, stage_name, exports, frozen=("teacher",))
     assert isinstance(stage, SalienceStage), "no other stage has targets"
     stage.uses_bf16 = config.trainer.precision == "bf16"
-    stage.to(torch.device("cuda", 0) if uses_gpu(config.trainer) else torch.device("cpu"))
+    device = torch.device("cuda", 0) if uses_gpu(config.trainer) else torch.device("cpu")
+    settle(stage, device)
+    stage.to(device)
 
     def ask(batch: LatentBatch) -> Tensor:
         with stage.autocast():

@@ -36,6 +36,7 @@ from train.engine import (
     build_optimizer,
     host_copy,
 )
+from train.memory import settle
 from train.ranks import rank
 from train.stage import Stage
 
@@ -66,6 +67,12 @@ def patience(config: TrainerConfig) -> timedelta:
 class SingleStrategy(SingleDeviceStrategy):
     """One process, one device, one plain AdamW per network."""
 
+    def model_to_device(self) -> None:
+        """Settle all networks there."""
+        stage = _bare_stage(self)
+        settle(stage, self.root_device)
+        stage.to(self.root_device)
+
     def setup_optimizers(self, trainer: Trainer) -> None:
         """Build the engines of the stage; Lightning sees no optimiser."""
         stage = _bare_stage(self)
@@ -80,6 +87,7 @@ class ReplicatedStrategy(DDPStrategy):
         stage = _bare_stage(self)
         assert self.accelerator is not None
         self.accelerator.setup(trainer)
+        settle(stage, self.root_device)
         stage.to(self.root_device)
         stage.engines = build_engines(stage.engine_specs(), ReplicatedEngine)
 
@@ -149,7 +157,7 @@ class DeepSpeedEngines(DeepSpeedStrategy):
         self.accelerator.setup(trainer)
         for name, spec in stage.engine_specs().items():
             # One after the other: under ZeRO-3 only one network is ever whole on the device.
-            spec.module.to(self.root_device)
+            settle(spec.module, self.root_device)
             if spec.optim is not None:
                 stage.engines[name] = self._build_engine(name, spec.module, spec.optim)
             elif self._settings.zero_stage == 3 and self._is_large(spec.module):

@@ -16,8 +16,10 @@ from launch.export import (
     find_export,
     load_export,
     load_weights,
+    map_weights,
     write_export,
 )
+from train.memory import settle
 
 MANIFEST = {"role": "student", "stage": "causal", "config": {"model": {"width": 5}}, "parents": {}}
 
@@ -125,6 +127,35 @@ def test_weights_of_another_network_are_refused_by_key_and_shape(written):
         load_weights(nn.Sequential(nn.Linear(5, 7)), loaded, stem="transformer")
     with pytest.raises(ExportError, match=r"must hold head\.safetensors, found only"):
         load_weights(network(), loaded, stem="head")
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that belongs to no file."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith("Anonymous:"))
+    return int(line.split()[1]) * 1024
+
+
+def test_mapped_weights_take_no_memory_until_they_are_settled(tmp_path):
+    size = 32 * 2**20
+    wide = {"weight": torch.randn(1024, size // 2048), "bias": torch.ones(1024)}
+    wide = {name: tensor.bfloat16() for name, tensor in wide.items()}
+    write_export(tmp_path / "wide", weights={"transformer": wide}, manifest=MANIFEST)
+    loaded, before = load_export(tmp_path / "wide"), anonymous_bytes()
+    with torch.device("meta"):
+        layers = [nn.Linear(size // 2048, 1024) for _ in range(2)]
+    for layer in layers:
+        map_weights(layer, loaded, stem="transformer")
+    assert anonymous_bytes() < before + size / 16
+    trained, frozen = layers
+    settle(trained, torch.device("cpu"))
+    assert anonymous_bytes() > before + 2 * size * 0.9
+    assert (trained.weight.dtype, frozen.weight.dtype) == (torch.float32, torch.bfloat16)
+    assert torch.equal(trained.weight, wide["weight"].float())
+    with torch.no_grad():
+        frozen.bias.add_(1)
+    assert (trained.bias == 1).all()
+    assert load_export(tmp_path / "wide").hash == loaded.hash
 
 
 def test_a_second_export_replaces_the_first(written):
