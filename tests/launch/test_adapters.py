@@ -214,7 +214,7 @@ adapters_read = ADAPTER_LAYOUTS["diffusers-lora"].read
 @pytest.mark.parametrize(
     ("write", "read", "words"),
     [
-        (swapped, adapters_read, "tensors must come back with the same bits, found 4"),
+        (swapped, adapters_read, "factors must come back with the same bits, found 4"),
         (swapped, misread, "must be the same in diffusers within 1e-05"),
     ],
 )
