@@ -12,12 +12,12 @@ from tests.models.test_wan_names import WAN_1_3B
 
 MAKE = """
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 import torch
 from models.transformer import VideoTransformer
 from tests.launch.checkpoints import write_native, write_self_forcing
-from tests.models.test_wan_names import WAN_1_3B, replace
+from tests.models.test_wan_names import WAN_1_3B
 form, path, layers = sys.argv[1:]
 geometry = replace(WAN_1_3B, num_layers=int(layers))
 with torch.device("meta"):
