@@ -119,7 +119,7 @@ class DataConfig:
 
 @dataclass
 class ModelConfig:
-    """Geometry of teacher, critic and student, which are the same network."""
+    """Geometry of a run's networks; a teacher whose scores alone are read may have its own."""
 
     num_layers: int = 3
     num_heads: int = 2

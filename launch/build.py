@@ -136,7 +136,7 @@ def load_inputs(
         UserError: If one is missing, has another role, or was made with another network.
     """
     stage = config.stages[stage_name]
-    expected = {"teacher": "teacher", "student": "student", "critic": "student"}
+    expected = {"teacher": "teacher", "student": "student", "critic": None}
     exports = {}
     for role, path in input_paths(config, stage).items():
         if roles is not None and role not in roles:
@@ -146,20 +146,53 @@ def load_inputs(
                 f"stages.{stage_name}.inputs knows the roles {list(expected)}, found {role!r}"
             )
         export = load_export(path, role=expected[role])
-        found, wanted = export.manifest["config"]["model"], to_dict(config.model)
-        wrong = sorted(key for key in wanted if found.get(key) != wanted[key])
-        if wrong:
-            raise UserError(
-                f"{path} must hold the network of this run, but differs in model."
-                f"{', model.'.join(wrong)}; take another checkpoint or change the config"
-            )
+        if role == "critic" and export.manifest["role"] != "teacher":
+            export.tensors("critic")  # a student's export must hold one
+        _require_geometry(config, stage_type(stage.kind), role, export)
         exports[role] = export
     return exports
 
 
+def _require_geometry(config: RunConfig, cls: type[Stage], role: str, export: Export) -> None:
+    """Raise `UserError` unless the networks of an input can work together with those of the run.
+
+    A student is the network of the run. A teacher is, too, if the student starts from it; if only
+    what it says is read, it may have another size. A critic starts from what judges like a teacher.
+    """
+    wanted = to_dict(config.model)
+    keys = [key for key in wanted if role == "student" or key != "frames_per_block"]
+    starts = [source for source, _ in cls.network_sources.get("student", ())]
+    if role != "student" and role not in starts:
+        keys = list(cls.shared_geometry)
+    found = _model_of("critic" if role == "critic" else "transformer", export.manifest["config"])
+    wrong = [key for key in sorted(keys) if found.get(key) != wanted[key]]
+    if wrong:
+        raise UserError(
+            f"{export.folder} must hold the network of this run, but differs in model."
+            f"{', model.'.join(wrong)}; take another checkpoint or change the config"
+        )
+
+
+def _model_of(stem: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Geometry of the transformer in a file of an export, from the section `config` it has."""
+    found = config.get(stem, config["model"])
+    assert isinstance(found, dict)
+    return found
+
+
+def _critic_model(inputs: Mapping[str, Export]) -> dict[str, Any] | None:
+    """Geometry of the critic of a stage, if the input that it starts from is at hand."""
+    for role in ("critic", "teacher"):
+        if role in inputs:
+            return _model_of("critic", inputs[role].manifest["config"])
+    return None
+
+
 def _new_network(name: str, config: dict[str, Any]) -> nn.Module:
     """The salience head or a transformer with fresh weights, from a `network_config`."""
-    return head_from_config(config) if name == "head" else transformer_from_config(config["model"])
+    if name == "head":
+        return head_from_config(config)
+    return transformer_from_config(_model_of(name, config))
 
 
 def _build_network(
@@ -171,26 +204,25 @@ def _build_network(
 ) -> nn.Module:
     """A network of a stage: fresh if it has no sources, else loaded from the first one given."""
     params = config.stages[stage_name].params
-    with torch.random.fork_rng(devices=[]):
-        # torch.manual_seed would set the generators of all GPUs as well.
-        torch.default_generator.manual_seed(
-            derive_seed(stage_seed(config, stage_name), "weights", name)
-        )
-        targets = {key: bool(params.get(key, False)) for key in ("log", "per_block")}
-        fresh = network_config(config, **targets)
-        network = _new_network(name, fresh)
     if not sources:
-        return network
-    for role, stem in sources:
-        if role in exports:
-            export = exports[role]
-            network = _new_network(name, export.manifest["config"])
-            load_weights(network, export, stem=stem)
-            return network
-    raise ConfigError(
-        f"stages.{stage_name}.inputs must name one of {[role for role, _ in sources]} for its "
-        f"{name}, found {list(exports)}; add an earlier stage or the path of an export"
-    )
+        with torch.random.fork_rng(devices=[]):
+            # torch.manual_seed would set the generators of all GPUs as well.
+            torch.default_generator.manual_seed(
+                derive_seed(stage_seed(config, stage_name), "weights", name)
+            )
+            targets = {key: bool(params.get(key, False)) for key in ("log", "per_block")}
+            return _new_network(name, network_config(config, **targets))
+    given = [(role, stem) for role, stem in sources if role in exports]
+    if not given:
+        raise ConfigError(
+            f"stages.{stage_name}.inputs must name one of {sorted({role for role, _ in sources})} "
+            f"for its {name}, found {list(exports)}; add an earlier stage or the path of an export"
+        )
+    held = [(role, stem) for role, stem in given if stem in exports[role].weights]
+    role, stem = (held or given)[0]
+    network = _new_network(name, exports[role].manifest["config"])
+    load_weights(network, exports[role], stem=stem)
+    return network
 
 
 def new_stage(
@@ -358,6 +390,7 @@ def export_manifest(
     if sampler is None and "student" in inputs:
         sampler = inputs["student"].sampler
     heads = [group["head"] for group in (stage.networks, stage.frozen) if "head" in group]
+    critic = _critic_model(inputs) if "critic" in stage.exported else None
     return {
         "role": stage.export_role,
         "stage": stage_name,
@@ -372,7 +405,8 @@ def export_manifest(
             frames=config.stages[stage_name].frames,
             log=any(head.log for head in heads),
             per_block=any(head.block_len for head in heads),
-        ),
+        )
+        | ({} if critic is None else {"critic": critic}),
         "parents": {role: export.hash for role, export in inputs.items()},
         "config_hash": config_hash(config),
     }

@@ -199,7 +199,7 @@ class Distill(DistributionMatching):
     params_type = DistillParams
     network_sources: ClassVar = {
         "student": (("student", "transformer"),),
-        "critic": (("critic", "critic"), ("teacher", "transformer")),
+        "critic": (("critic", "critic"), ("critic", "transformer"), ("teacher", "transformer")),
     }
     export_role = "student"
     exported: ClassVar = {"transformer": "student", "critic": "critic"}

@@ -133,6 +133,7 @@ class SalienceStage(Stage):
     }
     export_role = "student"
     exported: ClassVar = {"transformer": "student", "head": "head"}
+    shared_geometry: ClassVar = (*Stage.shared_geometry, "num_layers")
 
     @classmethod
     def check(cls, config: StageConfig, params: Any, *, key: str, block: int) -> None:

@@ -50,6 +50,8 @@ class Stage(L.LightningModule):
         frozen_sources: The same for networks that are only read.
         export_role: What the export of this stage is used as.
         exported: File stem in the export to the name of a network.
+        shared_geometry: Keys of `model` in which a teacher must agree with the run, even if only
+            what it says of latents is read.
         restarts_at_snapshot: Whether checkpoints hold the last `mark_restart_point` and not the
             present, for stages whose running state cannot be written down.
         config: Of this stage.
@@ -72,6 +74,12 @@ class Stage(L.LightningModule):
     frozen_sources: ClassVar[Mapping[str, tuple[tuple[str, str], ...]]] = {}
     export_role: ClassVar[str] = "student"
     exported: ClassVar[Mapping[str, str]] = {}
+    shared_geometry: ClassVar[Sequence[str]] = (
+        "in_channels",
+        "out_channels",
+        "text_dim",
+        "patch_size",
+    )
     restarts_at_snapshot: ClassVar[bool] = False
 
     def __init__(

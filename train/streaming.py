@@ -88,7 +88,7 @@ class Streaming(DistributionMatching):
     params_type = StreamingParams
     network_sources: ClassVar = {
         "student": (("student", "transformer"),),
-        "critic": (("critic", "critic"), ("teacher", "transformer")),
+        "critic": (("critic", "critic"), ("critic", "transformer"), ("teacher", "transformer")),
     }
     frozen_sources: ClassVar = {
         "teacher": (("teacher", "transformer"),),
