@@ -28,7 +28,10 @@ def random_weights(geometry: Geometry = SMALL, *, seed: int = 0, dtype=torch.bfl
     with torch.device("meta"):
         shapes = {k: v.shape for k, v in VideoTransformer(**asdict(geometry)).state_dict().items()}
     generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(s, generator=generator).to(dtype) for name, s in shapes.items()}
+    return {
+        name: torch.empty(shape, dtype=dtype).normal_(generator=generator)
+        for name, shape in shapes.items()
+    }
 
 
 def write_native(folder: Path, weights, *, shards: int = 1, geometry: Geometry = SMALL) -> Path:

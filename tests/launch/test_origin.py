@@ -1,6 +1,9 @@
 """What `export` takes: the export of a stage, or a checkpoint with what it does not hold itself."""
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ from launch.origin import open_origin
 from launch.publish import publish
 from train.checkpoint import newest_whole
 
+ROOT = Path(__file__).parents[2]
 STAGES = ("teacher", "causal", "distill", "salience", "streaming")
 CHANGES = ["trainer.accelerator=cpu", "trainer.threads=1", 'tracking.wandb="off"', "name=run"]
 CHANGES += ["stages.salience.params.statistics_steps=1", "stages.salience.params.targets=online"]
@@ -132,3 +136,35 @@ def test_a_damaged_or_half_checkpoint_is_refused(run, tmp_path):
     with pytest.raises(UserError, match=r"did you mean '.*step-00000002'"):
         open_origin(run / "distill" / "checkpoints" / "step-00000009")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_two_ranks_gives_what_they_exported_together(trained, tmp_path):
+    """Under ZeRO-3 with small parameters whole on every rank, as by default."""
+    root = tmp_path / "runs"
+    shutil.copytree(trained / "data", root / "run" / "data")
+    shutil.copytree(trained / "teacher", root / "run" / "teacher")
+    words = [*SHAPES["tiny"], *CHANGES, f"runs_dir={root}", "trainer.strategy=deepspeed"]
+    words += ["trainer.zero_stage=3", "trainer.persistent_params=1000"]
+    words += ["stages.causal.optimizers.student.ema=0.5"]
+    save_config(load_config(words), root / "plan.yaml")
+    (root / "run" / "causal").mkdir()
+    shutil.copy(root / "plan.yaml", root / "run" / "causal" / "config.yaml")
+    program = (
+        "import sys; from configs.load import load_config; from launch.build import run_stage\n"
+        "from train.fit import prepare_process; config = load_config([sys.argv[1]])\n"
+        "prepare_process(config); run_stage(config, 'causal')\n"
+    )
+    (tmp_path / "program.py").write_text(program)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node=2", str(tmp_path / "program.py"), str(root / "plan.yaml")]
+    own = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, cwd=ROOT, env=own, check=True, timeout=200, capture_output=True)
+    folder = last(root / "run" / "causal")
+    assert len(list(folder.glob("rank-*.safetensors"))) == 2
+    origin, export = open_origin(folder), load_export(root / "run" / "causal")
+    assert origin.sets == ("ema", "raw")
+    assert origin.record["ranks"] == 2
+    found = origin.read("ema", None)
+    assert found.keys() == export.tensors("transformer").keys()
+    assert all(torch.equal(found[n], t) for n, t in export.tensors("transformer").items())

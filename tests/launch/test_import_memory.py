@@ -1,0 +1,93 @@
+"""Memory of an import at the shape of Wan2.1 1.3B, measured in processes of their own."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.launch.checkpoints import SMALL, random_weights, write_native
+from tests.models.test_wan_names import WAN_1_3B
+
+MAKE = """
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+import torch
+from models.transformer import VideoTransformer
+from tests.launch.checkpoints import write_native, write_self_forcing
+from tests.models.test_wan_names import WAN_1_3B
+form, path, layers = sys.argv[1:]
+geometry = replace(WAN_1_3B, num_layers=int(layers))
+with torch.device("meta"):
+    state = VideoTransformer(**asdict(geometry)).state_dict()
+torch.manual_seed(0)
+weights = {}
+for name, tensor in state.items():  # repeats of random rows, for random numbers take long
+    row = torch.randn(1, min(tensor.numel(), 2**20)).bfloat16()
+    weights[name] = row.repeat(-(-tensor.numel() // row.numel()), 1).flatten()
+    weights[name] = weights[name][: tensor.numel()].view(tensor.shape).clone()
+if form == "native":
+    write_native(Path(path), weights, geometry=geometry)
+else:
+    write_self_forcing(Path(path) / "model.pt", ema=weights)
+"""
+IMPORT = """
+import sys
+from launch.__main__ import main
+assert main(["import", *sys.argv[1:]]) == 0
+"""
+LOAD = """
+import sys
+from pathlib import Path
+from launch.export import load_export
+load_export(Path(sys.argv[1])).tensors("transformer")
+"""
+PEAK = """
+status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+sys.stdout.write("\\n" + status["VmHWM"].split()[0])
+"""
+
+
+def peak_of(program: str, *words: object) -> int:
+    """Largest resident memory in bytes, mapped files included, of a process that runs a program."""
+    command = [sys.executable, "-c", program + PEAK, *map(str, words)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=280)
+    return 1024 * int(done.stdout.split()[-1])
+
+
+def remove(folder: Path) -> None:
+    """Free the disk at once: pytest keeps the folders of its last runs."""
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+
+
+@pytest.mark.slow
+def test_an_import_at_the_shape_of_1_3b_takes_the_checkpoint_and_a_fifth(tmp_path):
+    source, out = tmp_path / "m", tmp_path / "in"
+    peak_of(MAKE, "self-forcing", source, WAN_1_3B.num_layers)
+    size = (source / "model.pt").stat().st_size
+    assert size == pytest.approx(2 * 1_418_996_800, rel=1e-3)
+    peak = peak_of(IMPORT, source, out)
+    remove(source)
+    remove(out)
+    assert peak <= 1.2 * size
+
+
+@pytest.mark.slow
+def test_neither_an_import_nor_a_load_holds_a_second_copy(tmp_path):
+    geometry = replace(SMALL, num_layers=1)
+    write_native(tmp_path / "small", random_weights(geometry), geometry=geometry)
+    role = ("--role", "teacher")
+    own = peak_of(IMPORT, tmp_path / "small", tmp_path / "out", *role)  # Python and its libraries
+    source, out = tmp_path / "wan", tmp_path / "in"
+    peak_of(MAKE, "native", source, 4)
+    size = sum(path.stat().st_size for path in source.iterdir())
+    taken = peak_of(IMPORT, source, out, *role) - own
+    loaded = peak_of(LOAD, out) - own
+    remove(source)
+    remove(out)
+    assert 0.5 * size < taken <= 1.1 * size
+    assert loaded <= 0.2 * size, "what nobody looks at must not be read"
