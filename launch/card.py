@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from launch.formats import GENERATORS
+from launch.formats import EMA, GENERATORS, RAW
 
 _LOADING = {
     "diffusers": """```python
@@ -33,7 +33,7 @@ weights = torch.load("THIS_FOLDER/model.pt", weights_only=True, mmap=True)["{key
 
 Self-Forcing's `inference.py` takes the file as `--checkpoint_path`{flag}.""",
 }
-_KINDS = {"ema": "the moving average of the weights", "raw": "the weights, not averaged"}
+_KINDS = {EMA: "the moving average of the weights", RAW: "the weights, not averaged"}
 
 
 def model_card(manifest: Mapping[str, Any]) -> str:
@@ -112,8 +112,8 @@ def _parents(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _loading(manifest: Mapping[str, Any]) -> str:
     text = _LOADING[manifest["format"]]
     if manifest["format"] == "self-forcing":
-        key = GENERATORS[manifest["sets"][0]]
-        flag = ", with `--use_ema`" if key == GENERATORS["ema"] else ""
+        kind = manifest["sets"][0]
+        key, flag = GENERATORS[kind], ", with `--use_ema`" if kind == EMA else ""
         text = text.replace("{key}", key).replace("{flag}", flag)
     back = f"python -m launch import THIS_FOLDER NEW_FOLDER --role {manifest['role']}"
     if manifest["role"] == "teacher":

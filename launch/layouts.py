@@ -1,10 +1,10 @@
-"""The forms in which other programs take a transformer: how each is written and read back.
+"""The forms in which other programs take a transformer, and how each is written.
 
     diffusers      transformer/config.json, transformer/diffusion_pytorch_model*.safetensors
     safetensors    config.json, diffusion_pytorch_model.safetensors with Wan's own names
     self-forcing   model.pt: {generator: {model.NAME: tensor}, generator_ema: the same}
 
-Reading back is for comparison; `import` reads files from anywhere.
+`launch.formats` reads them.
 """
 
 import json
@@ -19,15 +19,13 @@ import torch
 from torch import Tensor
 
 from configs.errors import UserError
-from launch.formats import GENERATORS, RAW
+from launch.formats import GENERATORS
 from models.wan_config import (
     Geometry,
     diffusers_config,
     native_config,
-    read_diffusers_config,
-    read_native_config,
 )
-from models.wan_names import diffusers_name, native_name
+from models.wan_names import diffusers_name
 
 SHARD_SIZE = "10GB"
 """Of the files of diffusers' layout, whose readers put shards together; Wan's and ComfyUI's readers
@@ -47,15 +45,14 @@ class Layout:
     Attributes:
         title: For people.
         write: From a new folder, the geometry and native tensors by set to files in the folder.
-        read: From that folder to its geometry, if the form says it, and native tensors by set,
-            mapped from the files rather than read.
+        name: From a set and a native name to the name in the files.
         holds_sets: Whether it holds raw and averaged weights side by side.
         roles: What may be exported so.
     """
 
     title: str
     write: Callable[[Path, Geometry, Sets], None]
-    read: Callable[[Path], tuple[Geometry | None, dict[str, dict[str, Tensor]]]]
+    name: Callable[[str, str], str]
     holds_sets: bool = False
     roles: tuple[str, ...] = ("teacher", "student")
 
@@ -72,25 +69,10 @@ def _write_diffusers(folder: Path, geometry: Geometry, sets: Sets) -> None:
     )
 
 
-def _read_diffusers(folder: Path) -> tuple[Geometry, dict[str, dict[str, Tensor]]]:
-    config = json.loads((folder / TRANSFORMER / "config.json").read_text())
-    tensors: dict[str, Tensor] = {}
-    for file in sorted((folder / TRANSFORMER).glob("*.safetensors")):
-        tensors |= safetensors.torch.load_file(file)
-    found = {native_name(name): tensor for name, tensor in tensors.items()}
-    return read_diffusers_config(config), {RAW: found}
-
-
 def _write_native(folder: Path, geometry: Geometry, sets: Sets) -> None:
     _write_json(folder / "config.json", native_config(geometry))
     path = folder / f"{WEIGHTS}.safetensors"
     safetensors.torch.save_file(dict(_only(sets)), path, {"format": "pt"})
-
-
-def _read_native(folder: Path) -> tuple[Geometry, dict[str, dict[str, Tensor]]]:
-    config = json.loads((folder / "config.json").read_text())
-    tensors = safetensors.torch.load_file(folder / f"{WEIGHTS}.safetensors")
-    return read_native_config(config), {RAW: tensors}
 
 
 def _write_self_forcing(folder: Path, _: Geometry, sets: Sets) -> None:
@@ -102,22 +84,15 @@ def _write_self_forcing(folder: Path, _: Geometry, sets: Sets) -> None:
         torch.save(content, file)
 
 
-def _read_self_forcing(folder: Path) -> tuple[None, dict[str, dict[str, Tensor]]]:
-    content = torch.load(folder / MODEL, weights_only=True, mmap=True)
-    kinds = {key: kind for kind, key in GENERATORS.items()}
-    return None, {
-        kinds[key]: {name.removeprefix(PREFIX): tensor for name, tensor in weights.items()}
-        for key, weights in content.items()
-    }
-
-
 LAYOUTS: dict[str, Layout] = {
-    "diffusers": Layout("a diffusers folder", _write_diffusers, _read_diffusers),
-    "safetensors": Layout("a native Wan folder", _write_native, _read_native),
+    "diffusers": Layout(
+        "a diffusers folder", _write_diffusers, lambda _, name: diffusers_name(name)
+    ),
+    "safetensors": Layout("a native Wan folder", _write_native, lambda _, name: name),
     "self-forcing": Layout(
         "a Self-Forcing checkpoint",
         _write_self_forcing,
-        _read_self_forcing,
+        lambda kind, name: f"{GENERATORS[kind]}.{PREFIX}{name}",
         holds_sets=True,
         roles=("student",),
     ),

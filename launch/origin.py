@@ -29,7 +29,6 @@ from train.restore import differences
 from train.stage import Stage
 
 SETS = (RAW, EMA)
-"""The weights that the optimiser updates, and their moving average."""
 CONFIG = "config.yaml"
 
 Read = Callable[[str, torch.dtype | None], dict[str, Tensor]]

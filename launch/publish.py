@@ -30,11 +30,13 @@ from configs.load import to_dict
 from data.files import file_sha256
 from launch.card import model_card
 from launch.export import ExportError, sync
+from launch.formats import Checkpoint
 from launch.layouts import LAYOUTS, Layout
 from launch.origin import SETS, Origin, open_origin
 from launch.published import HEAD, PUBLISHED
 from launch.steps import say
-from launch.verify import Seal, VerifyError, check_list, seal, verify
+from launch.verify import Seal, VerifyError, seal, verify
+from launch.weight_checks import require_tensors
 from models.kv_policies import build_policy
 from models.wan_config import Geometry, native_config
 from train.versions import code_version, package_version
@@ -87,13 +89,14 @@ def run(arguments: argparse.Namespace) -> None:
         dtype=DTYPES.get(arguments.dtype),
         is_verified=arguments.verify,
     )
-    found = manifest["verified"]
+    found, steps = manifest["verified"], manifest.get("steps")
     result = "not verified"
     if found is not None:
         result = f"verified, largest difference of outputs {found['largest_difference']:.1e}"
     size = sum(entry["bytes"] for entry in manifest["files"].values())
+    age = f" after {steps} steps" if steps else ""
     say(
-        f"{arguments.dst}: {manifest['role']} of stage {manifest['stage']!r}, "
+        f"{arguments.dst}: {manifest['role']} of stage {manifest['stage']!r}{age}, "
         f"{manifest['parameters']} parameters, {size / 1e6:.1f} MB as {arguments.form}, {result}"
     )
 
@@ -134,7 +137,7 @@ def publish(
         )
     geometry = _geometry(origin, source)
     with _new_folder(dst) as part:
-        seals = _write_weights(part, origin, layout, geometry, dtype=dtype)
+        seals = _write_weights(part, source, origin, layout, geometry, dtype=dtype)
         verified = verify(part, layout, geometry, seals) if is_verified else None
         if origin.head is not None:
             _write_head(part / HEAD, origin.head, is_verified=is_verified)
@@ -157,7 +160,13 @@ def _geometry(origin: Origin, source: Path) -> Geometry:
 
 
 def _write_weights(
-    part: Path, origin: Origin, layout: Layout, geometry: Geometry, *, dtype: torch.dtype | None
+    part: Path,
+    source: Path,
+    origin: Origin,
+    layout: Layout,
+    geometry: Geometry,
+    *,
+    dtype: torch.dtype | None,
 ) -> dict[str, dict[str, Seal]]:
     """Write the transformer; returns the seals of its sets of weights."""
     kinds = origin.sets if layout.holds_sets else origin.sets[:1]
@@ -166,7 +175,7 @@ def _write_weights(
     parked = []
     for kind in kinds:
         tensors = origin.read(kind, dtype)
-        check_list(tensors, geometry, what="the transformer")
+        require_tensors(Checkpoint("origin", (source,), tensors), geometry)
         seals[kind] = seal(tensors)
         if len(kinds) > 1:
             # Mapped from a file, so that only one set at a time takes memory.
@@ -195,14 +204,14 @@ def _describe(
     dtypes = {str(entry.dtype).removeprefix("torch.") for entry in first.values()}
     policy = origin.manifest.get("policy")
     if policy is None and origin.head is not None:
-        policy = {"name": "salience", "params": to_dict(build_policy("salience"))}
+        policy = {"name": "salience", "params": to_dict(vars(build_policy("salience")))}
     return origin.manifest | {
         "format": form,
         "version": VERSION,
         "sets": kinds,
         "weights": None if origin.manifest.get("weights") is None else kinds[0],
         "dtypes": sorted(dtypes),
-        "parameters": sum(torch.Size(entry.shape).numel() for entry in first.values()),
+        "parameters": sum(entry.shape.numel() for entry in first.values()),
         "has_head": origin.head is not None,
         "policy": policy,
         "source": origin.record,

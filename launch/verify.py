@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from launch.export import ExportError
+from launch.formats import read_checkpoint
 from launch.layouts import TRANSFORMER, Layout, optional
+from launch.weight_files import read_safetensors, read_torch
 from models.transformer import VideoTransformer
 from models.wan_config import Geometry, diffusers_config
-from models.wan_names import diffusers_name, native_name, native_names
+from models.wan_names import diffusers_name, native_name
 from train.versions import package_version
 
 TOLERANCE = 1e-5
@@ -38,41 +40,15 @@ class Seal(NamedTuple):
     """What a tensor must be when it is read back."""
 
     dtype: torch.dtype
-    shape: tuple[int, ...]
+    shape: torch.Size
     digest: str
 
 
 def seal(weights: Mapping[str, Tensor]) -> dict[str, Seal]:
     """The seals of named tensors."""
     return {
-        name: Seal(tensor.dtype, tuple(tensor.shape), _digest(tensor))
-        for name, tensor in weights.items()
+        name: Seal(tensor.dtype, tensor.shape, _digest(tensor)) for name, tensor in weights.items()
     }
-
-
-def check_list(found: Mapping[str, Any], geometry: Geometry, *, what: str) -> None:
-    """Raise `VerifyError` unless names and shapes are exactly those of a network.
-
-    Args:
-        found: Native name to something with a shape.
-        geometry: Of the network.
-        what: What holds them, for the message.
-    """
-    with torch.device("meta"):
-        wanted = VideoTransformer(**asdict(geometry)).state_dict()
-    assert set(wanted) == set(native_names(geometry.num_layers))
-    wrong = [f"{name} is missing" for name in wanted if name not in found]
-    wrong += [f"{name} is unknown" for name in found if name not in wanted]
-    wrong += [
-        f"{name} is {list(found[name].shape)}, not {list(wanted[name].shape)}"
-        for name in wanted
-        if name in found and tuple(found[name].shape) != tuple(wanted[name].shape)
-    ]
-    if wrong:
-        raise VerifyError(
-            f"{what} must hold the {len(wanted)} tensors of its network, found {len(wrong)} "
-            f"differences: {'; '.join(wrong[:10])}; compare `model` in its manifest"
-        )
 
 
 def verify(
@@ -92,27 +68,18 @@ def verify(
     Raises:
         VerifyError: If anything differs; says what.
     """
-    said, found = layout.read(folder)
-    if said is not None and said != geometry:
-        raise VerifyError(f"config.json must say {geometry}, found {said}; nothing was exported")
-    if not layout.holds_sets:
-        found = dict(zip(seals, found.values(), strict=True))
-    if set(found) != set(seals):
-        raise VerifyError(f"sets of weights must be {list(seals)}, found {list(found)}")
+    _check_list(folder, layout, seals)
     differences = []
-    for kind, weights in found.items():
-        check_list(weights, geometry, what=f"the exported {layout.title}")
-        wrong = [
-            name for name, tensor in weights.items() if tensor.dtype != seals[kind][name].dtype
-        ]
-        _refuse(wrong, "dtype")
+    for kind, wanted in seals.items():
+        found = read_checkpoint(folder, weights=kind if layout.holds_sets else None)
+        if found.config not in (None, geometry):
+            raise VerifyError(
+                f"config.json must say {geometry}, found {found.config}; nothing was exported"
+            )
         is_folder = (folder / TRANSFORMER).is_dir()
-        theirs = _from_folder(folder) if is_folder else _from_tensors(weights, geometry)
+        theirs = _from_folder(folder) if is_folder else _from_tensors(found.tensors, geometry)
         values = {native_name(name): tensor for name, tensor in theirs.state_dict().items()}
-        _refuse(
-            [n for n, s in seals[kind].items() if _digest(values[n].to(s.dtype)) != s.digest],
-            "bits",
-        )
+        _check_bits(values, wanted)
         differences.append(_largest_difference(theirs, _ours(values, geometry), geometry))
     return {
         "reader": "WanTransformer3DModel of diffusers " + package_version("diffusers"),
@@ -125,11 +92,42 @@ def verify(
     }
 
 
-def _refuse(names: list[str], what: str) -> None:
-    if names:
+def _check_list(folder: Path, layout: Layout, seals: Mapping[str, Mapping[str, Seal]]) -> None:
+    """Raise `VerifyError` unless the files hold exactly the names, shapes and dtypes wanted."""
+    found = {
+        name: (tensor.dtype, tensor.shape)
+        for path in folder.rglob("*.safetensors")
+        for name, tensor in read_safetensors(path).items()
+    }
+    found |= {
+        f"{key}.{name}": (tensor.dtype, tensor.shape)
+        for path in folder.rglob("*.pt")
+        for key, weights in read_torch(path).items()
+        for name, tensor in weights.items()
+    }
+    wanted = {
+        layout.name(kind, name): (entry.dtype, entry.shape)
+        for kind, entries in seals.items()
+        for name, entry in entries.items()
+    }
+    wrong = [name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)]
+    if wrong:
         raise VerifyError(
-            f"tensors must come back with the same {what}, found {len(names)} that do not, such as "
-            f"{names[0]}; nothing was exported, try again on another disk"
+            f"the files must hold {len(wanted)} names with their shapes and dtypes, found "
+            f"{len(wrong)} that differ, such as {min(wrong)}; nothing was exported"
+        )
+
+
+def _check_bits(values: Mapping[str, Tensor], wanted: Mapping[str, Seal]) -> None:
+    wrong = [
+        name
+        for name, entry in wanted.items()
+        if _digest(values[name].to(entry.dtype)) != entry.digest
+    ]
+    if wrong:
+        raise VerifyError(
+            f"tensors must come back with the same bits, found {len(wrong)} that do not, such as "
+            f"{wrong[0]}; nothing was exported, try again on another disk"
         )
 
 

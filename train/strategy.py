@@ -308,7 +308,9 @@ class ShardedZero(SplitZero):
         for group in range(len(zero.fp16_groups)):
             zero._reassign_or_swap_out_partitioned_parameters(group)
         if zero.persistent_parameters:
-            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+            first = zero.persistent_parameters[0]
+            first.partition(zero.persistent_parameters)  # one that is whole is not gathered anew
+            first.all_gather(zero.persistent_parameters)
 
     def _state_copy(self) -> dict[str, Tensor]:
         import deepspeed

@@ -123,7 +123,7 @@ class Streaming(DistributionMatching):
     def cache_policy(self) -> dict[str, Any]:
         """Policy and geometry of the cache of its streams."""
         policy = build_policy(self.params.policy, self.params.policy_params)
-        return {"name": policy.name, "params": to_dict(policy), **self._cache_sizes()}
+        return {"name": policy.name, "params": to_dict(vars(policy)), **self._cache_sizes()}
 
     def _cache_sizes(self) -> dict[str, Any]:
         params = self.params

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from launch.export import write_export
 from models.salience import SalienceHead
@@ -63,10 +64,10 @@ def head() -> SalienceHead:
     return made
 
 
-def write_student(folder: Path, **changes: Any) -> Path:
+def write_student(folder: Path, *, network: nn.Module | None = None, **changes: Any) -> Path:
     """The folder of a stage that has exported a student with its head."""
-    network = random_transformer(**SIZES | {"patch_size": (1, 2, 2)})
-    weights = {"transformer": network.state_dict(), "head": head().state_dict()}
+    transformer = random_transformer(patch_size=(1, 2, 2)) if network is None else network
+    weights = {"transformer": transformer.state_dict(), "head": head().state_dict()}
     write_export(folder / "export", weights=weights, manifest=manifest("student", **changes))
     return folder
 

@@ -124,7 +124,7 @@ def test_an_export_is_written_and_described_in_one_line(capsys, tmp_path):
     source, out = write_student(tmp_path / "runs" / "x" / "tuned"), str(tmp_path / "weights")
     assert main(["export", str(source), out, "--format", "safetensors"]) == 0
     said = capsys.readouterr().out
-    assert said.startswith(f"{out}: student of stage 'tuned', ")
+    assert said.startswith(f"{out}: student of stage 'tuned' after 12 steps, ")
     assert said.endswith(" MB as safetensors, not verified\n")
     again = ["export", str(source), out, "--format", "safetensors"]
     assert "must not exist yet" in fails(capsys, *again)
