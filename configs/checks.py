@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from configs.errors import ConfigError
 
@@ -37,6 +37,17 @@ def require_positive(section: object, *names: str) -> None:
         require(value > 0, f"{key} must be above 0, found {value}; set a larger value")
 
 
+def require_unset(key: str, section: Any, **defaults: object) -> None:
+    """Raise `ConfigError` if a field that the `name` of `section` ignores is not its default."""
+    for name, default in defaults.items():
+        value = getattr(section, name)
+        require(
+            value == default,
+            f"{key}.{name} must be {default!r} with {key}.name={section.name}, which has no use "
+            f"for it, found {value!r}; leave it out or change {key}.name",
+        )
+
+
 def check_run(config: "RunConfig") -> None:
     """Raise `ConfigError` if two sections of a run contradict each other."""
     require(
@@ -52,6 +63,12 @@ def check_run(config: "RunConfig") -> None:
     for name in evaluate.stages:
         require_choice("evaluate.stages", name, config.stages)
     if evaluate.stages:
+        require(
+            config.codec.time_stride == 1,
+            "evaluate.stages must be empty unless codec.time_stride=1, found "
+            f"codec.time_stride={config.codec.time_stride}: the truth of the built-in world holds "
+            "for single frames",
+        )
         recent = max(evaluate.recent_frames, config.model.frames_per_block)
         for name in ("budgets", "long_budgets"):
             budgets = getattr(evaluate, name)
@@ -101,6 +118,7 @@ def _check_sizes(config: "RunConfig") -> None:
         text_dim == config.text.dim,
         f"model.text_dim must be text.dim={config.text.dim}, found {text_dim}",
     )
+    config.codec.latent_frames(config.source.frames)
     for pixels, patch in zip(config.source.size, config.model.patch_size[1:], strict=True):
         require(
             pixels % (config.codec.stride * patch) == 0,
@@ -116,10 +134,12 @@ def _check_stage(name: str, stage: "StageConfig", earlier: list[str], config: "R
         f"{key}: a stage name must be a word of lower-case letters, digits and '_', and none of "
         f"{list(RESERVED_NAMES)}, which are folders of the run; rename it",
     )
+    clip = config.codec.latent_frames(config.source.frames)
     require(
-        config.codec.name != "transform" or stage.frames <= config.source.frames,
-        f"{key}.frames must not be above source.frames={config.source.frames}, "
-        f"found {stage.frames}; cut longer clips or train on shorter ones",
+        stage.frames <= clip,
+        f"{key}.frames must not be above the {clip} latent frames of a clip of "
+        f"source.frames={config.source.frames}, found {stage.frames}; cut longer clips or train on "
+        "shorter ones",
     )
     for role, origin in stage.inputs.items():
         require(

@@ -7,7 +7,7 @@ default must be set in a YAML file or on the command line.
 from dataclasses import dataclass, field
 from typing import Any
 
-from configs.checks import check_run, require, require_choice, require_positive
+from configs.checks import check_run, require, require_choice, require_positive, require_unset
 
 FREE_STAGE_KEYS = ("micro_batch", "checkpoint_every", "keep", "keep_every", "sample_every")
 """Of `StageConfig`: change no more than rounding, so they may change while a stage trains."""
@@ -65,6 +65,9 @@ class SourceConfig:
     """Pixel frames between the starts of two clips of one video; 0 = one clip per video."""
     every: int = 1
     """Keep every n-th frame of a video."""
+    fps: float = 8
+    """For `videos`: frames per second of the videos that are made. Set it to that of yours over
+    `every`."""
 
     def __post_init__(self) -> None:
         require_choice("source.kind", self.kind, ("world", "videos"))
@@ -72,7 +75,7 @@ class SourceConfig:
             len(self.size) == 2 and min(self.size) > 0,
             f"source.size must be [height, width] in pixels, found {self.size}",
         )
-        require_positive(self, "frames", "every")
+        require_positive(self, "frames", "every", "fps")
         require(self.stride >= 0, f"source.stride must not be negative, found {self.stride}")
 
 
@@ -81,12 +84,41 @@ class CodecConfig:
     """Pixels to latents and back."""
 
     name: str = "transform"
+    """`transform` has no weights; `wan` is the VAE of Wan2.1, diffusers' `AutoencoderKLWan`."""
+    path: str = ""
+    """For `wan`: the folder of config.json and weights, or the diffusers folder around `vae`."""
     stride: int = 16
-    """Pixels per latent cell, in both directions."""
+    """Pixels per latent cell, in both directions; 8 for `wan`."""
+    time_stride: int = 1
+    """Pixel frames that each latent frame but the first stands for; the first always stands for
+    one. 4 for `wan`."""
     channels: int = 16
+    precision: str = "fp32"
+    """Of the network of `wan`; latents are float32 in any case."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "stride", "channels")
+        require_choice("codec.name", self.name, ("transform", "wan"))
+        require_choice("codec.precision", self.precision, ("fp32", "bf16"))
+        require_positive(self, "stride", "time_stride", "channels")
+        if self.name == "transform":
+            require_unset("codec", self, time_stride=1, path="", precision="fp32")
+
+    def latent_frames(self, pixel_frames: int) -> int:
+        """Latent frames of a clip.
+
+        Raises:
+            ConfigError: If no whole number of latent frames stands for `pixel_frames`.
+        """
+        require(
+            pixel_frames > 0 and (pixel_frames - 1) % self.time_stride == 0,
+            f"source.frames must be 1 + n x codec.time_stride = 1 + n x {self.time_stride}, "
+            f"found {pixel_frames}; take {self.pixel_frames(pixel_frames // self.time_stride + 1)}",
+        )
+        return (pixel_frames - 1) // self.time_stride + 1
+
+    def pixel_frames(self, latent_frames: int) -> int:
+        """Pixel frames that a video's first `latent_frames` latent frames stand for."""
+        return (latent_frames - 1) * self.time_stride + 1
 
 
 @dataclass
@@ -94,12 +126,25 @@ class TextConfig:
     """Captions to vectors."""
 
     name: str = "hashed"
+    """`hashed` has no weights; `umt5` is the text encoder of Wan2.1, transformers'
+    `UMT5EncoderModel`."""
+    path: str = ""
+    """For `umt5`: the diffusers folder around `text_encoder` and `tokenizer`, or one folder that
+    holds the files of both."""
     dim: int = 32
+    """4096 for the `umt5` of Wan2.1."""
     length: int = 12
-    """Words per caption; shorter captions are padded with zeros."""
+    """Most words of a caption, for `umt5` tokens, its end among them; what is missing is padded
+    with zeros. 512 for Wan2.1."""
+    precision: str = "fp32"
+    """Of the network of `umt5`; vectors are float32 in any case."""
 
     def __post_init__(self) -> None:
+        require_choice("text.name", self.name, ("hashed", "umt5"))
+        require_choice("text.precision", self.precision, ("fp32", "bf16"))
         require_positive(self, "dim", "length")
+        if self.name == "hashed":
+            require_unset("text", self, path="", precision="fp32")
 
 
 @dataclass
@@ -441,6 +486,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_run(self)
+
+    @property
+    def fps(self) -> float:
+        """Frames per second of the videos that the run makes."""
+        return self.source.world.fps if self.source.kind == "world" else self.source.fps
 
     @property
     def frame_seq_len(self) -> int:

@@ -229,7 +229,7 @@ class VideoLap(L.Callback):
 def try_stage(config: RunConfig, name: str) -> None:
     """Train, sample, save, read back, export and load a stage of a shrunk run; say how it went."""
     folder, watch, settings = run_folder(config) / name, Stopwatch(), config.stages[name]
-    codec, fps = build_codec(config.codec), config.source.world.fps
+    codec, fps = build_codec(config.codec), config.fps
     videos = SampleVideos(folder / SAMPLES, every=settings.steps, decode=codec.decode, fps=fps)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

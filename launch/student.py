@@ -47,7 +47,7 @@ class Student:
     grid: tuple[int, int]
     frames_per_block: int
     size: tuple[int, int]
-    fps: int
+    fps: float
     every: int
 
     @property

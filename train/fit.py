@@ -84,7 +84,7 @@ def fit(
     config: RunConfig,
     stage_name: str,
     decode: Callable[[Tensor], Tensor] | None = None,
-    fps: int = 8,
+    fps: float = 8,
     input_hashes: Mapping[str, str] | None = None,
     data_hash: str | None = None,
     callbacks: Sequence[L.Callback] = (),

@@ -40,7 +40,7 @@ class SampleVideos(L.Callback):
         *,
         every: int,
         decode: Callable[[Tensor], Tensor],
-        fps: int,
+        fps: float,
         count: int = 2,
     ) -> None:
         self.folder = folder
@@ -128,7 +128,7 @@ def beside_salience(pixels: NDArray[np.uint8], scores: NDArray[np.floating]) -> 
     return np.concatenate([pixels, heat_overlay(pixels, scores[latent])], axis=2)
 
 
-def write_video(path: Path, pixels: NDArray[np.uint8], *, fps: int) -> None:
+def write_video(path: Path, pixels: NDArray[np.uint8], *, fps: float) -> None:
     """Write frames as an mp4 file, small ones enlarged.  [P, height, width, 3]."""
     height, width = pixels.shape[1:3]
     scale = max(1, SAMPLE_HEIGHT // height)

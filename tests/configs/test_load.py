@@ -79,12 +79,17 @@ def test_a_saved_config_reads_back_equal(base, tmp_path):
         ("source.world.identities=9", r"source\.world\.period must be 2 x .* = 18, found 20"),
         ("source.kind=film", r"source\.kind must be one of \['world', 'videos'\], found 'film'"),
         ("source.size=[30,64]", r"multiples of codec\.stride x model\.patch_size = 16"),
+        ("codec.name=vae", r"codec\.name must be one of \['transform', 'wan'\], found 'vae'"),
+        ("codec.time_stride=4", r"codec\.time_stride must be 1 with codec\.name=transform, which"),
+        ("text.path=x", r"text\.path must be '' with text\.name=hashed, which has no use for it"),
+        ("text.precision=bf16", r"text\.precision must be 'fp32' with text\.name=hashed"),
+        ("source.fps=0", r"source\.fps must be above 0"),
         ("codec.channels=12", r"model\.in_channels must be codec\.channels=12, found 16"),
         ("text.dim=48", r"model\.text_dim must be text\.dim=48, found 32"),
         ("name=a/b", "name must be a folder name"),
         ("stages.causal.inputs.teacher=teachr", r"stages\.causal\.inputs\.teacher must be"),
         ("stages.causal.inputs.teacher=causal", r"must be an earlier stage of the plan"),
-        ("stages.teacher.frames=73", r"frames must not be above source\.frames=72, found 73"),
+        ("stages.teacher.frames=73", r"must not be above the 72 latent frames of a clip.*found 73"),
         ("evaluate.stages=[caual]", r"evaluate\.stages must be one of .*found 'caual'"),
         ("evaluate.tune_seed=1", r"tune_seed=1 must not be one of evaluate\.seeds=\[0, 1, 2\]"),
         ("evaluate.frames=[24]", r"must all be above evaluate\.prefix_frames=24"),
@@ -170,3 +175,31 @@ def test_a_section_is_filled_and_checked_by_its_own_dataclass():
 def test_only_close_words_are_suggested():
     assert nearest("ecode", ["encode", "ingest"]) == "; did you mean 'encode'?"
     assert nearest("zzz", ["encode", "ingest"]) == ""
+
+
+WAN = ["codec.name=wan", "codec.stride=8", "codec.time_stride=4", "evaluate.stages=[]"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["source.frames=72"], r"must be 1 \+ n x codec\.time_stride = .* 4, found 72; take 73"),
+        (
+            ["source.frames=73", "stages.teacher.frames=20"],
+            r"stages\.teacher\.frames must not be above the 19 latent frames .*found 20",
+        ),
+        (["source.frames=189", "evaluate.stages=[causal]"], r"evaluate\.stages must be empty"),
+    ],
+)
+def test_frames_are_counted_in_latent_frames_of_the_codec(base, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config([base, *WAN, *overrides])
+
+
+def test_the_first_latent_frame_stands_for_one_pixel_frame_and_each_later_one_for_the_stride(base):
+    codec = load_config([base, *WAN, "source.frames=189"]).codec
+    pairs = [(1, 1), (5, 2), (9, 3), (81, 21), (189, 48)]
+    assert [codec.latent_frames(pixels) for pixels, _ in pairs] == [latents for _, latents in pairs]
+    assert [codec.pixel_frames(latents) for _, latents in pairs] == [pixels for pixels, _ in pairs]
+    with pytest.raises(ConfigError, match=r"source\.frames must be 1 \+ n .*found 0; take 1"):
+        codec.latent_frames(0)

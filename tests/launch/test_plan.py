@@ -288,7 +288,7 @@ def test_a_stage_that_is_run_alone_has_its_targets_written_first(tmp_path, monke
         ("source.world.seed=9", "all"),
         ("seed=9", "training"),
         ("model.num_layers=3", "training"),
-        ("codec.name=other", "encoded"),
+        ("text.length=13", "encoded"),
     ],
 )
 def test_a_key_changes_with_what_its_step_depends_on_and_with_nothing_else(
