@@ -71,6 +71,7 @@ def main(words: list[str]) -> None:
     parser.add_argument("--zero_stage", type=int, default=2)
     parser.add_argument("--devices", type=int, default=2)
     parser.add_argument("--persistent_params", type=int, default=0)
+    parser.add_argument("--precision", default="fp32")
     parser.add_argument("--offload_optimizer", action="store_true")
     trainer = vars(parser.parse_args(words))
     path, kind = trainer.pop("path"), trainer.pop("kind")

@@ -1,0 +1,424 @@
+"""Memory of one rank in a stage: on the device, on the host, and what the stage leaves on disk.
+
+Parameters, gradients, optimiser states and the cache are exact; what a pass takes comes from
+`launch/forecast_activations.py` and is put together here, an estimate.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from configs.load import to_dict
+from configs.schema import RunConfig
+from data.targets import STORED
+from launch.forecast_activations import Geometry, PassMemory, head_memory, kv_types, pass_memory
+from launch.forecast_passes import (
+    CAUSAL,
+    PAIRED,
+    PROBED,
+    Pass,
+    Rollout,
+    rollout_of,
+    stage_params,
+    stream_starts,
+)
+from models.attention import Projected
+from models.kv_policies import build_policy
+from models.kv_tokens import Entering
+from models.salience import PARTS, SalienceHead
+from train.shares import FLOAT, Share, frozen_share, trained_share
+from train.stage import Stage, rank_share
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A moment of a step at which memory may be fullest; bytes by what they are for."""
+
+    name: str
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """Bytes."""
+        return sum(self.parts.values())
+
+
+@dataclass
+class StageMemory:
+    """What a stage takes.
+
+    Attributes:
+        shares: Of each network, by name.
+        moment: When the device is fullest.
+        moments: All that were compared.
+        copies: Weights that autocast keeps in bfloat16 until the step ends.
+        host_start: On the host of each rank while the stage is built.
+        host: On the host of each rank while it trains.
+        disk: Written by all ranks together.
+    """
+
+    shares: dict[str, Share]
+    moment: Moment
+    moments: list[Moment]
+    copies: int
+    host_start: dict[str, int] = field(default_factory=dict)
+    host: dict[str, int] = field(default_factory=dict)
+    disk: dict[str, int] = field(default_factory=dict)
+
+    def device(self, trained: Iterable[str]) -> dict[str, int]:
+        """Bytes on the device at the fullest moment, by what they are for."""
+        names = list(trained)
+        shares = [self.shares[name] for name in names]
+        frozen = [share for name, share in self.shares.items() if name not in names]
+        kept = [share for share in shares if not share.is_offloaded]
+        found = {
+            "parameters": sum(share.parameters for share in shares),
+            "masters": sum(share.masters for share in kept),
+            "moments": sum(share.moments for share in kept),
+            "averages": sum(share.averages for share in kept),
+            "gradients": sum(share.gradients for share in shares),
+            "frozen": sum(share.parameters for share in frozen),
+            "buffers": sum(share.buffers for share in (*shares, *frozen)),
+            "bf16 copies": self.copies,
+        }
+        return found | self.moment.parts
+
+
+class StageMeter:
+    """Works out the memory of one stage.
+
+    Args:
+        config: Of the run, checked.
+        name: Of the stage.
+        world: Ranks.
+    """
+
+    def __init__(self, config: RunConfig, name: str, world: int) -> None:
+        from launch.build import stage_type, token_grid
+
+        self.config, self.name, self.world = config, name, world
+        self.stage, self.params = config.stages[name], stage_params(config, name)
+        self.kind: type[Stage] = stage_type(self.stage.kind)
+        self.trained, self.frozen = list(self.kind.network_sources), list(self.kind.frozen_sources)
+        self.share = rank_share(self.stage, world)
+        self.samples = self.stage.micro_batch or self.share
+        model = config.model
+        self.width, self.layers = model.num_heads * model.head_dim, model.num_layers
+        self.tokens = self.stage.frames * config.frame_seq_len
+        sizes = {key: value for key, value in to_dict(model).items() if key != "frames_per_block"}
+        sizes["patch_size"] = tuple(model.patch_size)
+        grid = token_grid(config)
+        self.geometry = Geometry(
+            network=tuple(sorted(sizes.items())),
+            block=model.frames_per_block,
+            size=(grid[0] * model.patch_size[1], grid[1] * model.patch_size[2]),
+            rows=config.text.length,
+            is_bf16=config.trainer.precision == "bf16",
+        )
+
+    def measure(self) -> StageMemory:
+        """All of it."""
+        shares = {
+            name: trained_share(
+                network_sizes(self.config, name),
+                self.config.trainer,
+                self.world,
+                has_average=self.stage.optimizers[name].ema > 0,
+            )
+            for name in self.trained
+        }
+        for name in self.frozen:
+            sizes = network_sizes(self.config, name)
+            shares[name] = frozen_share(sizes, self.config.trainer, self.world)
+        moments = MOMENTS[self.stage.kind](self)
+        return StageMemory(
+            shares=shares,
+            moment=max(moments, key=lambda moment: moment.total),
+            moments=moments,
+            copies=self._copies(),
+            host_start=self._host_start(),
+            host=self._host(shares),
+            disk=self._disk(),
+        )
+
+    def passed(self, found: Pass) -> PassMemory:
+        """Memory of a pass over the samples of a micro-batch."""
+        recomputes = self.config.trainer.activation_checkpointing and found.with_grad
+        one = pass_memory(
+            self.geometry, replace(found, network="", scored=0, count=1), recomputes=recomputes
+        )
+        b = self.samples
+        return PassMemory(b * one.kept, b * one.forward, b * one.backward, one.copies)
+
+    def _copies(self) -> int:
+        if not self.geometry.is_bf16:
+            return 0
+        networks = [name for name in self.trained if name != "head"]
+        known = Pass("", self.config.model.frames_per_block, with_grad=True)
+        return len(networks) * self.passed(known).copies
+
+    def cache_bytes(self, tokens: int, features: int) -> int:
+        """Bytes of a cache that holds `tokens` tokens in every layer; exact."""
+        keys, values = kv_types(self.geometry.is_bf16)
+        numbers = self.width * (keys.itemsize + values.itemsize)
+        places = 3 * torch.int64.itemsize + FLOAT * features
+        return self.samples * self.layers * tokens * (numbers + places)
+
+    def rotated_bytes(self, tokens: int) -> int:
+        """Bytes of the keys of all layers as a block reads them."""
+        keys, _ = kv_types(self.geometry.is_bf16)
+        return self.samples * self.layers * tokens * self.width * keys.itemsize
+
+    def bytes_until_summed(self) -> int:
+        """Gradients of weights that several passes share, which wait until all have been summed."""
+        if self.geometry.is_bf16:
+            return self.passed(Pass("", self.geometry.block, with_grad=True)).copies
+        trainer = self.config.trainer
+        is_split = trainer.strategy == "deepspeed" and trainer.zero_stage >= 2
+        return FLOAT * sum(network_sizes(self.config, "student")) if is_split else 0
+
+    def _host_start(self) -> dict[str, int]:
+        """Every rank builds all networks as wholes, and reads its inputs twice."""
+        networks = [*self.trained, *self.frozen]
+        whole = sum(FLOAT * sum(network_sizes(self.config, name)) for name in networks)
+        return {"networks as wholes": whole, "inputs, read twice": 2 * self._input_bytes()}
+
+    def _input_bytes(self) -> int:
+        from launch.build import stage_type
+
+        total = 0
+        for role, origin in self.stage.inputs.items():
+            stems = ["transformer"]
+            if origin in self.config.stages:
+                stems = list(stage_type(self.config.stages[origin].kind).exported)
+            total += sum(FLOAT * sum(network_sizes(self.config, stem)) for stem in stems)
+        return total
+
+    def _host(self, shares: dict[str, Share]) -> dict[str, int]:
+        trained = [shares[name] for name in self.trained]
+        copies = 2 if self.kind.restarts_at_snapshot else 1
+        states = sum(share.states + (0 if share.masters else share.parameters) for share in trained)
+        found = {
+            "inputs": self._input_bytes(),
+            "checkpoint copy": copies * states,
+            "offloaded": sum(share.host for share in trained),
+        }
+        if self.stage.kind == "salience":
+            found["gathered targets"] = FLOAT * self.gathered_values()
+        if self.stage.kind == "causal" and self.params.evict:
+            found["eviction masks"] = (8 + 2 * self.samples) * self.tokens**2  # int64, bool
+        return found
+
+    def gathered_values(self) -> int:
+        """Targets of all ranks from which statistics are made."""
+        clips = self.params.statistics_steps * self.stage.batch
+        return clips * self.layers * self.tokens * len(PARTS)
+
+    def _disk(self) -> dict[str, int]:
+        stage = self.stage
+        kept = stage.keep + 1 + (stage.steps // stage.keep_every if stage.keep_every else 0)
+        kept = min(kept, stage.steps // stage.checkpoint_every + 1)
+        found = {f"{kept} checkpoints": kept * self.checkpoint_bytes()}
+        stems = self.kind.exported
+        found["export"] = sum(FLOAT * sum(network_sizes(self.config, stem)) for stem in stems)
+        if self.stage.kind == "salience" and self.params.targets == STORED:
+            found["targets per clip"] = 2 * self.layers * self.tokens * len(PARTS)
+        return found
+
+    def checkpoint_bytes(self) -> int:
+        """Of the files of all ranks, but for headers and the small state of a stage; exact."""
+        total = 0
+        for name in self.trained:
+            sizes = network_sizes(self.config, name)
+            has_average = self.stage.optimizers[name].ema > 0
+            share = trained_share(sizes, self.config.trainer, self.world, has_average=has_average)
+            states = share.states + (0 if share.masters else share.parameters)
+            total += states * (self.world if share.masters else 1)
+        return total
+
+
+def network_sizes(config: RunConfig, name: str) -> list[int]:
+    """Elements of each parameter of a network, by its name in a stage or stem in an export."""
+    from launch.build import network_config
+    from launch.student import head_from_config, transformer_from_config
+
+    key = (name == "head", repr((config.model, config.head, config.source.size, config.codec)))
+    if key not in _sizes:
+        with torch.device("meta"):
+            sizes = network_config(config)
+            network: torch.nn.Module
+            if name == "head":
+                network = head_from_config(sizes)
+            else:
+                network = transformer_from_config(sizes["model"])
+        _sizes[key] = [parameter.numel() for parameter in network.parameters()]
+    return _sizes[key]
+
+
+_sizes: dict[tuple[bool, str], list[int]] = {}
+
+
+def _moment(name: str, kept: int, most: int, **more: int) -> Moment:
+    parts = {"activations": kept, "workspace": max(0, most - kept)}
+    return Moment(name, {key.replace("_", " "): size for key, size in more.items()} | parts)
+
+
+def _whole_pass(meter: StageMeter, name: str, found: Pass, **more: int) -> Moment:
+    """The forward and backward pass over a whole window."""
+    memory = meter.passed(found)
+    return _moment(name, memory.kept, max(memory.forward, memory.backward), **more)
+
+
+def _teacher(meter: StageMeter) -> list[Moment]:
+    return [_whole_pass(meter, "update", Pass("", meter.stage.frames, with_grad=True))]
+
+
+def _causal(meter: StageMeter) -> list[Moment]:
+    frames = meter.stage.frames
+    paired = Pass("", 2 * frames, wanted=frames, attention=PAIRED, with_grad=True)
+    return [_whole_pass(meter, "update", paired)]
+
+
+def _salience(meter: StageMeter) -> list[Moment]:
+    frames, b, model = meter.stage.frames, meter.samples, meter.config.model
+    # What `attend_with_targets` holds of a layer: the log-sum-exp, three maxima; then the targets.
+    extra = b * meter.tokens * FLOAT * (4 * model.num_heads + len(PARTS) * meter.layers)
+    values = meter.gathered_values()
+    # In `fit_statistics`: float32, and three times float64.
+    moments = [Moment("statistics", {"gathered targets": (FLOAT + 3 * 8) * values})]
+    if meter.params.targets != STORED:
+        asked = meter.passed(Pass("", frames, wanted=0, attention=PROBED))
+        moments.append(_moment("teacher", 0, asked.forward, targets=extra))
+    hidden = meter.passed(Pass("", frames, wanted=0, attention=CAUSAL))
+    moments.append(_moment("student", hidden.kept, hidden.forward))
+    kept, most = head_memory(
+        meter.width, meter.config.head.hidden, meter.tokens, is_bf16=meter.geometry.is_bf16
+    )
+    all_kept = b * meter.layers * kept
+    moments.append(
+        _moment("head", hidden.kept + all_kept, hidden.kept + all_kept + b * (most - kept))
+    )
+    return moments
+
+
+def _distill(meter: StageMeter) -> list[Moment]:
+    rollout, prefix = rollout_of(meter.config, meter.name), min(meter.params.prefix_frames)
+    last = meter.stage.frames - rollout.block
+    cache = {
+        "KV cache": meter.cache_bytes(rollout.held(last) + rollout.block * rollout.tokens, 1),
+        "rotated keys": meter.rotated_bytes(rollout.held(last)),
+    }
+    return _matching(meter, rollout, prefix, meter.stage.frames, cache=cache, lasting={})
+
+
+def _streaming(meter: StageMeter) -> list[Moment]:
+    rollout, params = rollout_of(meter.config, meter.name), meter.params
+    start = stream_starts(params)[-1]
+    end = start + params.chunk_frames
+    count = meter.share // meter.samples  # every micro-batch has streams of its own
+    features = policy_features(params.policy, params.policy_params)
+    block = rollout.block * rollout.tokens
+    lasting = {"KV cache": count * meter.cache_bytes(rollout.held(end), features)}
+    cache = {
+        "KV cache": lasting["KV cache"] + meter.cache_bytes(block, features),
+        "rotated keys": meter.rotated_bytes(rollout.held(end - rollout.block)),
+    }
+    return _matching(meter, rollout, start, end, cache=cache, lasting=lasting)
+
+
+def policy_features(name: str, params: dict[str, Any]) -> int:
+    """Numbers that a policy remembers of every token: asked with two tokens."""
+    tensor = torch.zeros(1, 1, 2, 6)
+    entering = Entering(
+        layer=0,
+        hidden=tensor[0],
+        positions=torch.zeros(1, 2, 3, dtype=torch.int64),
+        seeds=torch.zeros(1, dtype=torch.int64),
+        projected=Projected(*[tensor] * 5),
+        match_prompt=lambda: torch.zeros(1, 2),
+        head=SalienceHead(num_layers=1, width=6, hidden=1, grid=(1, 2)),
+        targets=torch.zeros(1, 2, len(PARTS)),
+    )
+    return build_policy(name, params).enter(entering).shape[-1]
+
+
+def _matching(
+    meter: StageMeter,
+    rollout: Rollout,
+    start: int,
+    end: int,
+    *,
+    cache: dict[str, int],
+    lasting: dict[str, int],
+) -> list[Moment]:
+    """Of a step that trains the student, then the critic.
+
+    Args:
+        meter: Of the stage.
+        rollout: How it generates.
+        start: First frame with gradient.
+        end: The frame behind the last one.
+        cache: Bytes of the cache while a block is made.
+        lasting: The same between rollouts.
+    """
+    frames = min(end, meter.stage.frames)
+    blocks = [
+        _read_pass(meter, rollout.held(frame), rollout.block)
+        for frame in range(start, end, rollout.block)
+    ]
+    kept = sum(memory.kept for memory in blocks)
+    last, before = blocks[-1], kept - blocks[-1].kept
+    waiting = meter.bytes_until_summed() if len(blocks) > 1 else 0
+    judged = meter.passed(Pass("", frames))
+    workspace = last.backward - last.kept
+    return [
+        _moment("rollout", before, before + last.forward, **cache),
+        _moment("scores", kept, kept + judged.forward, **lasting),
+        _moment("student's first block back", kept, kept + workspace, **lasting),
+        _moment(
+            "student's next block back", before, before + workspace, **lasting, waiting=waiting
+        ),
+        _whole_pass(meter, "critic", Pass("", frames, with_grad=True), **lasting),
+    ]
+
+
+def _read_pass(meter: StageMeter, past: int, block: int) -> PassMemory:
+    """A pass with gradient that reads a cache; straight in the tokens between two known points."""
+    if past == 0:
+        return meter.passed(Pass("", block, past=0, with_grad=True))
+    unit = block * meter.config.frame_seq_len
+    one, two = (meter.passed(Pass("", block, past=n * unit, with_grad=True)) for n in (1, 2))
+    share = past / unit - 1
+
+    def between(low: int, high: int) -> int:
+        return round(low + share * (high - low))
+
+    return PassMemory(
+        between(one.kept, two.kept),
+        between(one.forward, two.forward),
+        between(one.backward, two.backward),
+        one.copies,
+    )
+
+
+MOMENTS: dict[str, Callable[[StageMeter], list[Moment]]] = {
+    "teacher": _teacher,
+    "causal": _causal,
+    "salience": _salience,
+    "distill": _distill,
+    "streaming": _streaming,
+}
+"""By stage kind."""
+
+
+def data_bytes(config: RunConfig) -> dict[str, int]:
+    """Bytes of a clip in the shards of latents, captions at their longest, tar headers left out."""
+    frames = config.codec.latent_frames(config.source.frames)
+    cells = math.prod(pixels // config.codec.stride for pixels in config.source.size)
+    return {
+        "latents": FLOAT * frames * config.codec.channels * cells,
+        "text": FLOAT * config.text.length * config.text.dim,
+    }
