@@ -1,12 +1,13 @@
 """How much memory a network pass takes, from the network's own code run on tensors without data.
 
-torch's fake tensors have shapes and no memory, so a pass of any size takes a moment. The network
-gets three layers; further ones are as the second. Attention is that of the CPU, which like the
-flash kernels of CUDA keeps no scores; CUDA's kernels for masks pad, its libraries have workspaces.
+Tensors on torch's device `meta` have shapes and no memory, so a pass of any size takes a moment.
+The network gets three layers; further ones are as the second. Two things that torch does not do on
+`meta` are put in their places: attention by a kernel that keeps no scores, and the rules of
+autocast. CUDA's kernels for masks pad, and its libraries have workspaces; neither is known here.
 """
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -121,6 +122,81 @@ class LiveBytes(TorchDispatchMode):
             self.now += size
 
 
+class Attention(torch.autograd.Function):
+    """Softmax attention without data: one output, one number per query; no scores are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, mask: Any) -> Tensor:
+        """Keep what a flash kernel keeps."""
+        output = torch.empty_like(queries)
+        lse = queries.new_empty(queries.shape[:3], dtype=torch.float32)
+        ctx.save_for_backward(queries, keys, values, mask, output, lse)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of queries, keys and values."""
+        return *(torch.empty_like(x) for x in ctx.saved_tensors[:3]), None
+
+
+class Rules:
+    """What `torch.nn.functional` does on `meta` in place of what it does elsewhere.
+
+    Args:
+        is_bf16: Whether products read bfloat16, as under autocast.
+        norms_in_float32: As on CUDA; autocast on a CPU leaves norms as they are.
+    """
+
+    def __init__(self, *, is_bf16: bool, norms_in_float32: bool = True) -> None:
+        self.is_bf16, self.norms_in_float32 = is_bf16, norms_in_float32
+        self._copies: dict[int, Tensor] = {}
+        self._own = {name: getattr(F, name) for name in ("linear", "conv3d", "layer_norm")}
+
+    @contextmanager
+    def in_force(self) -> Iterator[None]:
+        """Until the end of the block, for passes on `meta` alone."""
+        # Not by a mode of torch's: those are off where layers are recomputed.
+        replaced = {
+            "scaled_dot_product_attention": self._attend,
+            "linear": self._product("linear"),
+            "conv3d": self._product("conv3d"),
+            "layer_norm": self._norm,
+        }
+        before = {name: getattr(F, name) for name in replaced}
+        try:
+            for name, function in replaced.items():
+                setattr(F, name, function)
+            yield
+        finally:
+            for name, function in before.items():
+                setattr(F, name, function)
+
+    def _attend(
+        self, queries: Tensor, keys: Tensor, values: Tensor, attn_mask: Tensor | None = None
+    ) -> Any:
+        read = (self._narrow(x) for x in (queries, keys, values, attn_mask))
+        return Attention.apply(*read)
+
+    def _product(self, name: str) -> Callable[..., Tensor]:
+        function = self._own[name]
+        return lambda *args: function(*(self._narrow(x) for x in args))
+
+    def _norm(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        wide = x.float() if self.is_bf16 and self.norms_in_float32 else x
+        return self._own["layer_norm"](wide, *args, **kwargs)
+
+    def _narrow(self, x: Any) -> Any:
+        """In bfloat16, if a product reads it so; weights in training are converted once."""
+        if not (self.is_bf16 and isinstance(x, Tensor) and x.dtype == torch.float32):
+            return x
+        if not (isinstance(x, nn.Parameter) and x.requires_grad):
+            return x.to(torch.bfloat16)
+        if id(x) not in self._copies:
+            with torch.enable_grad():
+                self._copies[id(x)] = x.to(torch.bfloat16)
+        return self._copies[id(x)]
+
+
 class FilledCache:
     """Stands in for `KVCache` in passes that read: so many tokens in every layer, made when asked.
 
@@ -174,54 +250,45 @@ def pass_memory(geometry: Geometry, found: Pass, *, recomputes: bool) -> PassMem
         found: The pass; `network`, `scored` and `count` do not matter.
         recomputes: Whether layers keep their inputs only.
     """
-    with FakeTensorMode():
-        network = _network(geometry, found, recomputes=recomputes)
+    with torch.device("meta"):
+        network = VideoTransformer(**dict(geometry.network) | {"num_layers": LAYERS})
+    network.recomputes_activations = recomputes
+    with torch.device("meta"), Rules(is_bf16=geometry.is_bf16).in_force():
         return run_pass(network, geometry, found)
 
 
 def run_pass(network: VideoTransformer, geometry: Geometry, found: Pass) -> PassMemory:
     """Run a pass, and the backward pass if there is one, and scale up to all layers."""
-    layers = dict(geometry.network)["num_layers"]
+    network.requires_grad_(found.with_grad)
+    more_layers = dict(geometry.network)["num_layers"] - network.num_layers
     latents = torch.randn(1, found.frames, network.patch_embedding.in_channels, *geometry.size)
-    sigma, text = torch.rand(1, found.frames), _text(geometry)
+    sigma = torch.rand(1, found.frames)
+    text = torch.randn(1, geometry.rows, dict(geometry.network)["text_dim"])
     entered: list[int] = []
-    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=geometry.is_bf16)
     known = (*network.parameters(), latents, sigma, text)
-    with autocast, LiveBytes(known) as live, _watched(network, live, entered):
+    with LiveBytes(known) as live, _watched(network, live, entered):
         captured: list[Tensor] = []
         options = _options(network, geometry, found, captured)
         with torch.set_grad_enabled(found.with_grad):
             velocity = network(latents, sigma, text, wanted=found.wanted, **options)
         options.clear()
         kept, forward = live.now, live.peak
-        live.peak = live.now
-        copies = [live.copies]
+        live.peak, copies = live.now, live.copies
         if found.with_grad:
             for parameter in network.parameters():
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)
             velocity.sum().backward()
-            copies.append(live.copies)
         backward = live.peak
     # At the first layer's entry there is less: nothing is left yet of a layer before.
-    inner = (entered[2] - entered[1]) * (layers - LAYERS)
-    more = _copied(network.blocks[1]) * (layers - LAYERS) if max(copies) else 0
-    return PassMemory(kept + inner, forward + inner, backward + inner, max(copies) + more)
+    inner = (entered[2] - entered[1]) * more_layers
+    more = _copied(network.blocks[1]) * more_layers if copies else 0
+    return PassMemory(kept + inner, forward + inner, backward + inner, copies + more)
 
 
 def _copied(layer: nn.Module) -> int:
     """Bytes of a layer's weights in bfloat16, of those that autocast converts."""
     linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
     return 2 * sum(p.numel() for linear in linears for p in linear.parameters())
-
-
-def _network(geometry: Geometry, found: Pass, *, recomputes: bool) -> VideoTransformer:
-    network = VideoTransformer(**dict(geometry.network) | {"num_layers": LAYERS})
-    network.recomputes_activations = recomputes
-    return network.requires_grad_(found.with_grad)
-
-
-def _text(geometry: Geometry) -> Tensor:
-    return torch.randn(1, geometry.rows, dict(geometry.network)["text_dim"])
 
 
 def _options(
@@ -270,7 +337,7 @@ def _drop_gradient(parameter: Tensor) -> None:
 @lru_cache(maxsize=16)
 def head_memory(width: int, hidden: int, tokens: int, *, is_bf16: bool) -> tuple[int, int]:
     """Bytes of one layer's S-MLP in training, for one sample: kept, and the most in either pass."""
-    with FakeTensorMode():
+    with FakeTensorMode():  # it turns autocast off, and torch knows no autocast on `meta`
         network = SalienceMLP(width, hidden)
         read = torch.empty(1, tokens, width, dtype=torch.bfloat16 if is_bf16 else torch.float32)
         with LiveBytes((*network.parameters(), read)) as live:
