@@ -10,14 +10,14 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from configs.errors import ConfigError, UserError
-from configs.load import load_config, nearest, parse_section, to_dict
+from configs.load import load_config, nearest
 from configs.schema import RunConfig
 from launch.forecast_flops import pass_flops
 from launch.forecast_memory import StageMeter, network_sizes
-from launch.forecast_passes import step_passes, student_share
+from launch.forecast_passes import step_passes
 from launch.plan import check_stages
 from train.hardware import MEMORY_GB, PEAK_FLOPS
 from train.shares import exchanged_bytes, update_bytes
@@ -191,7 +191,7 @@ def _stage(config: RunConfig, name: str, cluster: Cluster) -> StageForecast:
     flops, executed = _operations(config, name, meter)
     seconds = executed / (PEAK_FLOPS[cluster.gpu] * cluster.efficiency)
     is_on = config.trainer.activation_checkpointing
-    other = _with(config, ["trainer", "activation_checkpointing"], not is_on)
+    other = _trainer(config, recomputes=not is_on)
     moment = StageMeter(other, name, cluster.ranks).measure().moment
     found = StageForecast(
         name=name,
@@ -228,13 +228,15 @@ def _operations(config: RunConfig, name: str, meter: StageMeter) -> tuple[float,
 def _sent(config: RunConfig, name: str, meter: StageMeter) -> int:
     """Bytes that a rank sends in a mean step."""
     total, parts = 0.0, meter.share // meter.samples
+    student = 1 / getattr(meter.params, "student_every", 1)
+    everything = step_passes(config, name)
     for network in (*meter.trained, *meter.frozen):
         sizes = network_sizes(config, network)
-        passes = [found for found in step_passes(config, name) if found.network == network]
+        passes = [found for found in everything if found.network == network]
         count = sum(found.count * (1 + found.with_grad) for found in passes) * parts
         total += count * exchanged_bytes(sizes, config.trainer, meter.world)
         if network in meter.trained:
-            share = student_share(config, name) if network == "student" else 1
+            share = student if network == "student" else 1
             total += share * update_bytes(sizes, config.trainer, meter.world)
     return int(total)
 
@@ -244,26 +246,23 @@ Plan = tuple[RunConfig, Cluster]
 
 def _knobs(config: RunConfig, name: str, cluster: Cluster) -> list[Knob]:
     """What single settings would do; if none is enough, the best of them on top of each other."""
-    plan, labels = (config, cluster), []
-    turned = [_turned(label, changed, name) for label, changed in _changes(plan, name)]
+    plan, labels, used = (config, cluster), [], set()
+    turned = [_turned(turn.label, turn.plan, name) for turn in _turns(plan, name)]
     while not any(knob.fits for knob in turned):
         options = [
-            (_turned(label, changed, name), changed) for label, changed in _changes(plan, name)
+            (_turned(turn.label, turn.plan, name), turn)
+            for turn in _turns(plan, name)
+            if turn.key not in used
         ]
         if not options:
             break
-        best, plan = min(options, key=lambda option: option[0].device_bytes)
+        best, turn = min(options, key=lambda option: option[0].device_bytes)
+        plan = turn.plan
+        used.add(turn.key)
         labels.append(best.setting)
-        together = Knob(" ".join(labels), best.device_bytes, best.fits)
         if len(labels) > 1:
-            turned.append(together)
-        if len(labels) == MOST_TURNS:
-            break
+            turned.append(Knob(" ".join(labels), best.device_bytes, best.fits))
     return turned
-
-
-MOST_TURNS = 6
-"""Settings that are turned together, at most."""
 
 
 def _turned(label: str, plan: Plan, name: str) -> Knob:
@@ -273,56 +272,65 @@ def _turned(label: str, plan: Plan, name: str) -> Knob:
     return Knob(label, size, size <= cluster.usable_bytes)
 
 
-def _changes(plan: Plan, name: str) -> Iterator[tuple[str, Plan]]:
+class Turn(NamedTuple):
+    """A plan with one setting changed."""
+
+    key: str
+    label: str
+    plan: Plan
+
+
+def _turns(plan: Plan, name: str) -> Iterator[Turn]:
     """Settings that can lower the memory of a stage, each turned alone."""
     config, cluster = plan
     wider = dataclasses.replace(cluster, nodes=2 * cluster.nodes)
-    wanted = [(f"nodes={wider.nodes}", [], None, wider)]
-    wanted += [
-        (f"{'.'.join(keys)}={json.dumps(value)}".replace(" ", ""), keys, value, cluster)
-        for keys, value in _settings(config, name)
-        if _get(config, keys) != value
-    ]
-    for label, keys, value, machines in wanted:
+    wanted = [Turn("nodes", f"--nodes {wider.nodes}", (config, wider))]
+    for key, shown, changed in _settings(config, name):
+        wanted.append(Turn(key, f"{key}={shown}".replace(" ", ""), (changed, cluster)))
+    for turn in wanted:
         try:
-            changed = _with(config, keys, value) if keys else config
-            check_stages(changed, ranks=machines.ranks)
+            check_stages(turn.plan[0], ranks=turn.plan[1].ranks)
         except ConfigError:
             continue  # nothing that this plan could have
-        yield label, (changed, machines)
+        yield turn
 
 
-def _settings(config: RunConfig, name: str) -> Iterator[tuple[list[str], Any]]:
-    stage, trainer, block = config.stages[name], config.trainer, config.model.frames_per_block
-    own, tokens = ["stages", name], block * config.frame_seq_len
-    yield ["trainer", "activation_checkpointing"], True
-    yield [*own, "micro_batch"], 1
-    if trainer.strategy == "deepspeed":
-        yield ["trainer", "zero_stage"], min(3, trainer.zero_stage + 1)
-        yield ["trainer", "offload_optimizer"], True
+def _settings(config: RunConfig, name: str) -> Iterator[tuple[str, Any, RunConfig]]:
+    """Key, value as text, and the config with it; where that makes a difference."""
+    stage, trainer, own = config.stages[name], config.trainer, f"stages.{name}"
+    tokens = config.model.frames_per_block * config.frame_seq_len
+    if not trainer.activation_checkpointing:
+        yield "trainer.activation_checkpointing", "true", _trainer(config, recomputes=True)
+    if trainer.strategy == "deepspeed" and 0 < trainer.zero_stage:
+        if trainer.zero_stage < 3 and not trainer.compile:
+            zero = dataclasses.replace(trainer, zero_stage=trainer.zero_stage + 1)
+            changed = dataclasses.replace(config, trainer=zero)
+            yield "trainer.zero_stage", str(zero.zero_stage), changed
+        if not trainer.offload_optimizer:
+            host = dataclasses.replace(trainer, offload_optimizer=True)
+            changed = dataclasses.replace(config, trainer=host)
+            yield "trainer.offload_optimizer", "true", changed
+    if stage.micro_batch != 1:
+        yield f"{own}.micro_batch", "1", _staged(config, name, micro_batch=1)
     for key in ("budgets", "budget_tokens"):
         if key in stage.params:
             found = stage.params[key]
             lower = [one - tokens for one in found] if key == "budgets" else found - tokens
-            yield [*own, "params", key], lower
-    yield [*own, "frames"], stage.frames - block
+            changed = _staged(config, name, params=stage.params | {key: lower})
+            yield f"{own}.params.{key}", str(lower), changed
+    frames = stage.frames - config.model.frames_per_block
+    if frames > 0:
+        yield f"{own}.frames", str(frames), _staged(config, name, frames=frames)
 
 
-def _get(config: RunConfig, keys: list[str]) -> Any:
-    found = to_dict(config)
-    for key in keys:
-        found = found[key]
-    return found
+def _staged(config: RunConfig, name: str, **changes: Any) -> RunConfig:
+    changed = dataclasses.replace(config.stages[name], **changes)
+    return dataclasses.replace(config, stages=config.stages | {name: changed})
 
 
-def _with(config: RunConfig, keys: list[str], value: Any) -> RunConfig:
-    """A config with one key changed, checked as any other."""
-    whole = to_dict(config)
-    section = whole
-    for key in keys[:-1]:
-        section = section[key]
-    section[keys[-1]] = value
-    return parse_section(RunConfig, whole, key="plan")
+def _trainer(config: RunConfig, *, recomputes: bool) -> RunConfig:
+    trainer = dataclasses.replace(config.trainer, activation_checkpointing=recomputes)
+    return dataclasses.replace(config, trainer=trainer)
 
 
 def _cluster(config: RunConfig, arguments: argparse.Namespace) -> Cluster:

@@ -38,20 +38,17 @@ LAYERS = 3
 
 @dataclass(frozen=True)
 class PassMemory:
-    """Bytes that a pass of one sample takes, besides inputs, parameters and their gradients.
+    """Bytes that a pass takes, besides inputs, parameters, their gradients and bfloat16 copies.
 
     Attributes:
         kept: What the backward pass needs, or what the caller gets, when the pass is over.
         forward: The most during the pass, `kept` among it.
         backward: The most during the backward pass, what is left of `kept` among it.
-        copies: Bfloat16 copies of weights, which autocast keeps until the step ends; the same for
-            any number of samples and passes.
     """
 
     kept: int
     forward: int
     backward: int
-    copies: int
 
 
 @dataclass(frozen=True)
@@ -273,7 +270,7 @@ def run_pass(network: VideoTransformer, geometry: Geometry, found: Pass) -> Pass
             velocity = network(latents, sigma, text, wanted=found.wanted, **options)
         options.clear()
         kept, forward = live.now, live.peak
-        live.peak, copies = live.now, live.copies
+        live.peak = live.now
         if found.with_grad:
             for parameter in network.parameters():
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)
@@ -281,14 +278,7 @@ def run_pass(network: VideoTransformer, geometry: Geometry, found: Pass) -> Pass
         backward = live.peak
     # At the first layer's entry there is less: nothing is left yet of a layer before.
     inner = (entered[2] - entered[1]) * more_layers
-    more = _copied(network.blocks[1]) * more_layers if copies else 0
-    return PassMemory(kept + inner, forward + inner, backward + inner, copies + more)
-
-
-def _copied(layer: nn.Module) -> int:
-    """Bytes of a layer's weights in bfloat16, of those that autocast converts."""
-    linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
-    return 2 * sum(p.numel() for linear in linears for p in linear.parameters())
+    return PassMemory(kept + inner, forward + inner, backward + inner)
 
 
 def _options(

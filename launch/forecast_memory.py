@@ -7,9 +7,11 @@ Parameters, gradients, optimiser states and the cache are exact; what a pass tak
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import nn
 
 from configs.load import to_dict
 from configs.schema import RunConfig
@@ -151,14 +153,16 @@ class StageMeter:
             self.geometry, replace(found, network="", scored=0, count=1), recomputes=recomputes
         )
         b = self.samples
-        return PassMemory(b * one.kept, b * one.forward, b * one.backward, one.copies)
+        return PassMemory(b * one.kept, b * one.forward, b * one.backward)
 
     def _copies(self) -> int:
+        return sum(self.copied_bytes() for name in self.trained if name != "head")
+
+    def copied_bytes(self) -> int:
+        """Bytes of a transformer's weights in bfloat16, of those that products read."""
         if not self.geometry.is_bf16:
             return 0
-        networks = [name for name in self.trained if name != "head"]
-        known = Pass("", self.config.model.frames_per_block, with_grad=True)
-        return len(networks) * self.passed(known).copies
+        return torch.bfloat16.itemsize * sum(network_sizes(self.config, PRODUCTS))
 
     def cache_bytes(self, tokens: int, features: int) -> int:
         """Bytes of a cache that holds `tokens` tokens in every layer; exact."""
@@ -175,7 +179,7 @@ class StageMeter:
     def bytes_until_summed(self) -> int:
         """Gradients of weights that several passes share, which wait until all have been summed."""
         if self.geometry.is_bf16:
-            return self.passed(Pass("", self.geometry.block, with_grad=True)).copies
+            return self.copied_bytes()
         trainer = self.config.trainer
         is_split = trainer.strategy == "deepspeed" and trainer.zero_stage >= 2
         return FLOAT * sum(network_sizes(self.config, "student")) if is_split else 0
@@ -240,25 +244,46 @@ class StageMeter:
         return total
 
 
+PRODUCTS = "products"
+"""In place of a network's name: only what linear layers and convolutions hold of a transformer."""
+
+
 def network_sizes(config: RunConfig, name: str) -> list[int]:
     """Elements of each parameter of a network, by its name in a stage or stem in an export."""
+    kind = name if name in ("head", PRODUCTS) else "transformer"
+    grid = (config.source.size, config.codec.stride)
+    return list(_sizes(repr((config.model, config.head, grid)), kind, _Hidden(config)))
+
+
+class _Hidden:
+    """A config that a memory of results does not tell from another."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Hidden)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+@lru_cache(maxsize=64)
+def _sizes(key: str, kind: str, hidden: _Hidden) -> tuple[int, ...]:
     from launch.build import network_config
     from launch.student import head_from_config, transformer_from_config
 
-    key = (name == "head", repr((config.model, config.head, config.source.size, config.codec)))
-    if key not in _sizes:
-        with torch.device("meta"):
-            sizes = network_config(config)
-            network: torch.nn.Module
-            if name == "head":
-                network = head_from_config(sizes)
-            else:
-                network = transformer_from_config(sizes["model"])
-        _sizes[key] = [parameter.numel() for parameter in network.parameters()]
-    return _sizes[key]
-
-
-_sizes: dict[tuple[bool, str], list[int]] = {}
+    with torch.device("meta"):
+        sizes = network_config(hidden.config)
+        network: nn.Module
+        if kind == "head":
+            network = head_from_config(sizes)
+        else:
+            network = transformer_from_config(sizes["model"])
+    if kind == PRODUCTS:
+        products = [m for m in network.modules() if isinstance(m, (nn.Linear, nn.Conv3d))]
+        return tuple(p.numel() for product in products for p in product.parameters())
+    return tuple(parameter.numel() for parameter in network.parameters())
 
 
 def _moment(name: str, kept: int, most: int, **more: int) -> Moment:
@@ -305,28 +330,18 @@ def _salience(meter: StageMeter) -> list[Moment]:
 
 
 def _distill(meter: StageMeter) -> list[Moment]:
-    rollout, prefix = rollout_of(meter.config, meter.name), min(meter.params.prefix_frames)
-    last = meter.stage.frames - rollout.block
-    cache = {
-        "KV cache": meter.cache_bytes(rollout.held(last) + rollout.block * rollout.tokens, 1),
-        "rotated keys": meter.rotated_bytes(rollout.held(last)),
-    }
-    return _matching(meter, rollout, prefix, meter.stage.frames, cache=cache, lasting={})
+    rollout, prefix = rollout_of(meter.config, meter.params), min(meter.params.prefix_frames)
+    return _matching(meter, rollout, prefix, meter.stage.frames, features=1, lasting={})
 
 
 def _streaming(meter: StageMeter) -> list[Moment]:
-    rollout, params = rollout_of(meter.config, meter.name), meter.params
+    rollout, params = rollout_of(meter.config, meter.params), meter.params
     start = stream_starts(params)[-1]
     end = start + params.chunk_frames
     count = meter.share // meter.samples  # every micro-batch has streams of its own
     features = policy_features(params.policy, params.policy_params)
-    block = rollout.block * rollout.tokens
-    lasting = {"KV cache": count * meter.cache_bytes(rollout.held(end), features)}
-    cache = {
-        "KV cache": lasting["KV cache"] + meter.cache_bytes(block, features),
-        "rotated keys": meter.rotated_bytes(rollout.held(end - rollout.block)),
-    }
-    return _matching(meter, rollout, start, end, cache=cache, lasting=lasting)
+    lasting = {"KV_cache": count * meter.cache_bytes(rollout.held(end), features)}
+    return _matching(meter, rollout, start, end, features=features, lasting=lasting)
 
 
 def policy_features(name: str, params: dict[str, Any]) -> int:
@@ -351,7 +366,7 @@ def _matching(
     start: int,
     end: int,
     *,
-    cache: dict[str, int],
+    features: int,
     lasting: dict[str, int],
 ) -> list[Moment]:
     """Of a step that trains the student, then the critic.
@@ -361,21 +376,26 @@ def _matching(
         rollout: How it generates.
         start: First frame with gradient.
         end: The frame behind the last one.
-        cache: Bytes of the cache while a block is made.
-        lasting: The same between rollouts.
+        features: Numbers that the policy remembers of every token.
+        lasting: Bytes of what lasts between rollouts.
     """
-    frames = min(end, meter.stage.frames)
+    frames, last = min(end, meter.stage.frames), rollout.held(end - rollout.block)
     blocks = [
         _read_pass(meter, rollout.held(frame), rollout.block)
         for frame in range(start, end, rollout.block)
     ]
     kept = sum(memory.kept for memory in blocks)
-    last, before = blocks[-1], kept - blocks[-1].kept
+    before, workspace = kept - blocks[-1].kept, blocks[-1].backward - blocks[-1].kept
     waiting = meter.bytes_until_summed() if len(blocks) > 1 else 0
     judged = meter.passed(Pass("", frames))
-    workspace = last.backward - last.kept
+    cache = {"KV_cache": meter.cache_bytes(last, features), "rotated_keys": 0}
+    if not meter.config.trainer.activation_checkpointing:
+        cache["rotated_keys"] = meter.rotated_bytes(last)  # else kept for the backward pass anyway
+    if lasting:
+        own = lasting["KV_cache"] * meter.samples // meter.share
+        cache["KV_cache"] += lasting["KV_cache"] - own
     return [
-        _moment("rollout", before, before + last.forward, **cache),
+        _moment("rollout", kept, before + blocks[-1].forward, **cache),
         _moment("scores", kept, kept + judged.forward, **lasting),
         _moment("student's first block back", kept, kept + workspace, **lasting),
         _moment(
@@ -386,9 +406,7 @@ def _matching(
 
 
 def _read_pass(meter: StageMeter, past: int, block: int) -> PassMemory:
-    """A pass with gradient that reads a cache; straight in the tokens between two known points."""
-    if past == 0:
-        return meter.passed(Pass("", block, past=0, with_grad=True))
+    """A pass with gradient that reads a cache: a straight line in the tokens, through two points."""
     unit = block * meter.config.frame_seq_len
     one, two = (meter.passed(Pass("", block, past=n * unit, with_grad=True)) for n in (1, 2))
     share = past / unit - 1
@@ -400,7 +418,6 @@ def _read_pass(meter: StageMeter, past: int, block: int) -> PassMemory:
         between(one.kept, two.kept),
         between(one.forward, two.forward),
         between(one.backward, two.backward),
-        one.copies,
     )
 
 

@@ -106,11 +106,6 @@ def step_passes(config: RunConfig, name: str) -> list[Pass]:
     return list(PASSES[kind](config, name, stage_params(config, name)))
 
 
-def student_share(config: RunConfig, name: str) -> float:
-    """Updates of the student per step of a stage that trains a critic, too; else 1."""
-    return 1 / getattr(stage_params(config, name), "student_every", 1)
-
-
 def stage_params(config: RunConfig, name: str) -> Any:
     """The stage's own settings, as its dataclass."""
     from launch.build import stage_type
@@ -120,15 +115,14 @@ def stage_params(config: RunConfig, name: str) -> Any:
     return parse_section(cls.params_type, stage.params, key=f"stages.{name}.params")
 
 
-def rollout_of(config: RunConfig, name: str, budget: int | None = None) -> Rollout:
+def rollout_of(config: RunConfig, params: Any, budget: int | None = None) -> Rollout:
     """How a stage that rolls out does it; `budget` in place of the largest one it may draw."""
-    params = stage_params(config, name)
     sizes = {
         "block": config.model.frames_per_block,
         "tokens": config.frame_seq_len,
         "steps": params.student_steps,
     }
-    if config.stages[name].kind == "distill":
+    if hasattr(params, "budgets"):
         return Rollout(budget=budget or max(params.budgets), **sizes)
     policy = build_policy(params.policy, params.policy_params)
     kept = params.budget_tokens if policy.is_bounded else None
@@ -166,7 +160,7 @@ def _distill(config: RunConfig, name: str, params: Any) -> Iterator[Pass]:
     frames, share = config.stages[name].frames, 1 / params.student_every
     draws = [(prefix, budget) for prefix in params.prefix_frames for budget in params.budgets]
     for prefix, budget in draws:
-        rollout = rollout_of(config, name, budget)
+        rollout = rollout_of(config, params, budget)
         for found in rollout.write(0, prefix):
             yield found.times(1 / len(draws))
         for with_grad, weight in ((True, share), (False, 1 - share)):
@@ -177,7 +171,7 @@ def _distill(config: RunConfig, name: str, params: Any) -> Iterator[Pass]:
 
 def _streaming(config: RunConfig, name: str, params: Any) -> Iterator[Pass]:
     frames, share = config.stages[name].frames, 1 / params.student_every
-    rollout, starts = rollout_of(config, name), stream_starts(params)
+    rollout, starts = rollout_of(config, params), stream_starts(params)
     mean = 1 / len(starts)
     for found in rollout.write(0, params.prefix_frames):
         yield found.times(mean)
