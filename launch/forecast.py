@@ -301,15 +301,8 @@ def _settings(config: RunConfig, name: str) -> Iterator[tuple[str, Any, RunConfi
     tokens = config.model.frames_per_block * config.frame_seq_len
     if not trainer.activation_checkpointing:
         yield "trainer.activation_checkpointing", "true", _trainer(config, recomputes=True)
-    if trainer.strategy == "deepspeed" and 0 < trainer.zero_stage:
-        if trainer.zero_stage < 3 and not trainer.compile:
-            zero = dataclasses.replace(trainer, zero_stage=trainer.zero_stage + 1)
-            changed = dataclasses.replace(config, trainer=zero)
-            yield "trainer.zero_stage", str(zero.zero_stage), changed
-        if not trainer.offload_optimizer:
-            host = dataclasses.replace(trainer, offload_optimizer=True)
-            changed = dataclasses.replace(config, trainer=host)
-            yield "trainer.offload_optimizer", "true", changed
+    if trainer.strategy == "deepspeed" and trainer.zero_stage > 0:
+        yield from _zero_settings(config)
     if stage.micro_batch != 1:
         yield f"{own}.micro_batch", "1", _staged(config, name, micro_batch=1)
     for key in ("budgets", "budget_tokens"):
@@ -321,6 +314,16 @@ def _settings(config: RunConfig, name: str) -> Iterator[tuple[str, Any, RunConfi
     frames = stage.frames - config.model.frames_per_block
     if frames > 0:
         yield f"{own}.frames", str(frames), _staged(config, name, frames=frames)
+
+
+def _zero_settings(config: RunConfig) -> Iterator[tuple[str, Any, RunConfig]]:
+    trainer = config.trainer
+    if trainer.zero_stage < 3 and not trainer.compile:
+        zero = dataclasses.replace(trainer, zero_stage=trainer.zero_stage + 1)
+        yield "trainer.zero_stage", zero.zero_stage, dataclasses.replace(config, trainer=zero)
+    if not trainer.offload_optimizer:
+        host = dataclasses.replace(trainer, offload_optimizer=True)
+        yield "trainer.offload_optimizer", "true", dataclasses.replace(config, trainer=host)
 
 
 def _staged(config: RunConfig, name: str, **changes: Any) -> RunConfig:

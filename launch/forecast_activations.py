@@ -24,8 +24,8 @@ from launch.forecast_flops import group_spans
 from launch.forecast_passes import CAUSAL, PAIRED, PROBED, Pass
 from models.attention import (
     block_causal_mask,
-    group_teacher_forcing,
     grid_positions,
+    group_teacher_forcing,
     teacher_forcing_mask,
 )
 from models.kv_memory import Attending, Past
@@ -285,7 +285,9 @@ def _options(
     network: VideoTransformer, geometry: Geometry, found: Pass, captured: list[Tensor]
 ) -> dict[str, Any]:
     """The rest of the arguments of a forward pass."""
-    grid = [size // patch for size, patch in zip(geometry.size, network.patch_size[1:], strict=True)]
+    grid = [
+        size // patch for size, patch in zip(geometry.size, network.patch_size[1:], strict=True)
+    ]
     block_len = geometry.block * grid[0] * grid[1]
     if found.past is not None:
         return {"cache": FilledCache(network, found.past, is_bf16=geometry.is_bf16)}
@@ -296,7 +298,7 @@ def _options(
         return {"mask": mask, "capture": lambda layer, hidden, *_: captured.append(hidden)}
     elif found.attention == PAIRED:
         frames = found.frames // 2
-        tokens = frames * grid[0] * grid[1]
+        tokens = frames * frame_len
         dense = teacher_forcing_mask(torch.ones(1, tokens, tokens, dtype=torch.bool), block_len)
         spans = group_spans(frames // geometry.block)
         groups = group_teacher_forcing(dense, block_len, len(spans))

@@ -5,6 +5,7 @@ attention count, and masked pairs count, too. `train/flops.py` has no say in ker
 not dispatch (salience targets on CUDA), which are counted here.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -88,7 +89,7 @@ def group_spans(num_blocks: int) -> list[int]:
     """Blocks of each span of `train.causal.Causal.mask`."""
     groups = max(1, num_blocks // 4)
     bounds = [num_blocks * i // groups for i in range(groups + 1)]
-    return [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+    return [end - start for start, end in itertools.pairwise(bounds)]
 
 
 def _head_forward(config: RunConfig, found: Pass) -> float:

@@ -4,6 +4,7 @@ Parameters, gradients, optimiser states and the cache are exact; what a pass tak
 `launch/forecast_activations.py` and is put together here, an estimate.
 """
 
+import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -194,7 +195,7 @@ class StageMeter:
         from launch.build import stage_type
 
         total = 0
-        for role, origin in self.stage.inputs.items():
+        for origin in self.stage.inputs.values():
             stems = ["transformer"]
             if origin in self.config.stages:
                 stems = list(stage_type(self.config.stages[origin].kind).exported)
@@ -204,7 +205,7 @@ class StageMeter:
     def _host(self, shares: dict[str, Share]) -> dict[str, int]:
         trained = [shares[name] for name in self.trained]
         copies = 2 if self.kind.restarts_at_snapshot else 1
-        states = sum(share.states + (0 if share.masters else share.parameters) for share in trained)
+        states = sum(share.saved for share in trained)
         found = {
             "inputs": self._input_bytes(),
             "checkpoint copy": copies * states,
@@ -239,8 +240,7 @@ class StageMeter:
             sizes = network_sizes(self.config, name)
             has_average = self.stage.optimizers[name].ema > 0
             share = trained_share(sizes, self.config.trainer, self.world, has_average=has_average)
-            states = share.states + (0 if share.masters else share.parameters)
-            total += states * (self.world if share.masters else 1)
+            total += share.saved * (self.world if share.masters else 1)
         return total
 
 
@@ -248,33 +248,20 @@ PRODUCTS = "products"
 """In place of a network's name: only what linear layers and convolutions hold of a transformer."""
 
 
-def network_sizes(config: RunConfig, name: str) -> list[int]:
+def network_sizes(config: RunConfig, name: str) -> tuple[int, ...]:
     """Elements of each parameter of a network, by its name in a stage or stem in an export."""
+    from launch.build import network_config
+
     kind = name if name in ("head", PRODUCTS) else "transformer"
-    grid = (config.source.size, config.codec.stride)
-    return list(_sizes(repr((config.model, config.head, grid)), kind, _Hidden(config)))
-
-
-class _Hidden:
-    """A config that a memory of results does not tell from another."""
-
-    def __init__(self, config: RunConfig) -> None:
-        self.config = config
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Hidden)
-
-    def __hash__(self) -> int:
-        return 0
+    return _sizes(json.dumps(network_config(config)), kind)
 
 
 @lru_cache(maxsize=64)
-def _sizes(key: str, kind: str, hidden: _Hidden) -> tuple[int, ...]:
-    from launch.build import network_config
+def _sizes(config: str, kind: str) -> tuple[int, ...]:
     from launch.student import head_from_config, transformer_from_config
 
+    sizes = json.loads(config)
     with torch.device("meta"):
-        sizes = network_config(hidden.config)
         network: nn.Module
         if kind == "head":
             network = head_from_config(sizes)
@@ -406,7 +393,7 @@ def _matching(
 
 
 def _read_pass(meter: StageMeter, past: int, block: int) -> PassMemory:
-    """A pass with gradient that reads a cache: a straight line in the tokens, through two points."""
+    """A pass with gradient that reads a cache, from two others: memory is linear in the tokens."""
     unit = block * meter.config.frame_seq_len
     one, two = (meter.passed(Pass("", block, past=n * unit, with_grad=True)) for n in (1, 2))
     share = past / unit - 1

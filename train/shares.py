@@ -49,6 +49,11 @@ class Share:
         return self.masters + self.moments + self.averages
 
     @property
+    def saved(self) -> int:
+        """Bytes that this rank brings into a checkpoint: weights once, and the rest."""
+        return self.states + (0 if self.masters else self.parameters)
+
+    @property
     def device(self) -> int:
         """Bytes on the device at the peak."""
         kept = 0 if self.is_offloaded else self.states
@@ -90,11 +95,9 @@ def trained_share(
     if zero in (None, 0):
         buffers = {"single": 0, "ddp": whole}.get(trainer.strategy, min(whole, FLOAT * BUCKET))
         average = whole if has_average else 0
-        return Share(
-            whole, moments=2 * whole, averages=average, gradients=whole, buffers=buffers
-        )
+        return Share(whole, moments=2 * whole, averages=average, gradients=whole, buffers=buffers)
     part = FLOAT * part_size(sizes, zero, world)
-    share = Share(
+    return Share(
         parameters=part * world if zero < 3 else _sharded(sizes, trainer, world),
         masters=part,
         moments=2 * part,
@@ -103,7 +106,6 @@ def trained_share(
         is_offloaded=trainer.offload_optimizer,
         **_gradients(sizes, trainer, world, rank, part),
     )
-    return share
 
 
 def part_size(sizes: Sequence[int], zero: int, world: int) -> int:
@@ -157,7 +159,8 @@ def crossing(sizes: Sequence[int], world: int, rank: int) -> int:
     part = part_size(sizes, 2, world)
     low, high = rank * part, (rank + 1) * part
     ends = accumulate(sizes)
-    return sum(size for size, end in zip(sizes, ends, strict=True) if end > low and end - size < high)
+    placed = zip(sizes, ends, strict=True)
+    return sum(size for size, end in placed if end > low and end - size < high)
 
 
 def exchanged_bytes(sizes: Sequence[int], trainer: TrainerConfig, world: int) -> int:

@@ -1,21 +1,25 @@
 """What every engine of a stage really holds at the peak of a step, as a program of each rank.
 
-python -m tests.launch.held FILE.json --kind distill --strategy deepspeed [--zero_stage 3] ...
+python -m tests.launch.held FILE --kind distill --strategy deepspeed ... [--then FILE ...]
 """
 
 import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from configs.schema import RunConfig, TrackingConfig, TrainerConfig
 from tests.train.exact import Shares, exact_stage
 from train.engine import Engine
 from train.fit import fit
 from train.ranks import rank
+
+STEPS = 4
+"""The second update of a head that first gathers statistics, or of a student every second step."""
 
 
 class Storages:
@@ -63,7 +67,12 @@ def held(engine: Engine) -> dict[str, int]:
 
 
 def main(words: list[str]) -> None:
-    """Train two steps; every rank writes what its engines held in the second."""
+    """Train as each command line says; every rank writes the most that its engines held."""
+    if "--then" in words:
+        where = words.index("--then")
+        main(words[:where])
+        main(words[where + 1 :])
+        return
     parser = argparse.ArgumentParser()
     parser.add_argument("path", type=Path)
     parser.add_argument("--kind")
@@ -75,7 +84,7 @@ def main(words: list[str]) -> None:
     parser.add_argument("--offload_optimizer", action="store_true")
     trainer = vars(parser.parse_args(words))
     path, kind = trainer.pop("path"), trainer.pop("kind")
-    stage = exact_stage(kind, steps=4)
+    stage = exact_stage(kind, steps=STEPS, checkpoint_every=STEPS)
     found: dict[str, dict[str, int]] = {}
 
     class Watched(Shares):
@@ -92,23 +101,46 @@ def main(words: list[str]) -> None:
         trainer=TrainerConfig(accelerator="cpu", threads=1, **trainer),
         tracking=TrackingConfig(wandb="off"),
     )
-    fit(stage, Watched(4), folder=path.with_suffix(""), config=config, stage_name="test")
+    fit(stage, Watched(STEPS), folder=path.with_suffix(""), config=config, stage_name="test")
     found["frozen"] = {
         name: Storages().count(
             x for p in network.parameters() for x in (p.data, getattr(p, "ds_tensor", None))
         )
         for name, network in stage.frozen.items()
     }
+    files = (path.with_suffix("") / "checkpoints").glob("step-*/*.safetensors")
+    found["checkpoint"] = {
+        "bytes": sum(x.nbytes for file in files for x in master_tensors(file).values())
+    }
     path.with_name(f"{path.name}-{rank()}").write_text(json.dumps(found))
 
 
-def watch(engine: Engine, found: dict[str, dict[str, int]]) -> None:
-    update = engine._update
+def master_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """Of a checkpoint's file: what belongs to single elements of the networks."""
+    kinds = ("master.", "exp_avg.", "exp_avg_sq.", "ema.")
+    return {
+        key: value
+        for key, value in load_file(file).items()
+        if key.startswith("engine.") and key.split(".", 2)[2].startswith(kinds)
+    }
 
-    def watched() -> float:
+
+def watch(engine: Engine, found: dict[str, dict[str, int]]) -> None:
+    """Look at an engine before every update, and where ZeRO-1 has all gradients."""
+
+    def look() -> None:
         now = held(engine)
         before = found.get(engine.name, now)
         found[engine.name] = {key: max(before[key], now[key]) for key in now}
-        return update()
 
-    engine._update = watched
+    def looking_first(function: Callable) -> Callable:
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            look()
+            return function(*args, **kwargs)
+
+        return watched
+
+    engine._update = looking_first(engine._update)
+    zero = getattr(getattr(engine, "_engine", None), "optimizer", None)
+    if hasattr(zero, "partition_gradients") and not zero.partition_gradients:
+        zero.reduce_gradients = looking_first(zero.reduce_gradients)
