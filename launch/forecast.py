@@ -8,67 +8,23 @@ the GPU's peak and an efficiency that is assumed.
 import argparse
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from configs.errors import ConfigError, UserError
 from configs.load import load_config, nearest
 from configs.schema import RunConfig
 from launch.forecast_flops import pass_flops
+from launch.forecast_knobs import Cluster, Knob, find_knobs, with_recomputation
 from launch.forecast_memory import StageMeter, network_sizes
 from launch.forecast_passes import step_passes
 from launch.plan import check_stages
-from train.hardware import MEMORY_GB, PEAK_FLOPS
+from train.hardware import PEAK_FLOPS
 from train.shares import exchanged_bytes, update_bytes
 from train.world import SLURM, World, check_world
 
-USABLE = 0.92
-"""Share of a GPU's memory that tensors get: the rest is for CUDA, NCCL and gaps between tensors."""
 GPUS = {name.lower().replace(" ", "-"): name for name in PEAK_FLOPS}
 """Names on the command line."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Cluster:
-    """The machines that a run is planned for.
-
-    Attributes:
-        gpu: Name of the device, a key of `PEAK_FLOPS`.
-        nodes: Of them.
-        gpus_per_node: Ranks of a node.
-        efficiency: Share of the device's peak that training is assumed to reach.
-    """
-
-    gpu: str
-    nodes: int
-    gpus_per_node: int
-    efficiency: float
-
-    @property
-    def ranks(self) -> int:
-        """Number of processes."""
-        return self.nodes * self.gpus_per_node
-
-    @property
-    def usable_bytes(self) -> int:
-        """Memory for tensors on each device."""
-        return int(USABLE * MEMORY_GB[self.gpu] * 1e9)
-
-
-@dataclasses.dataclass
-class Knob:
-    """A setting that has been turned, and what it makes of a stage.
-
-    Attributes:
-        setting: As an override, or words.
-        device_bytes: On the fullest device.
-        fits: Whether that is no more than a device has.
-    """
-
-    setting: str
-    device_bytes: int
-    fits: bool
 
 
 @dataclasses.dataclass
@@ -191,7 +147,7 @@ def _stage(config: RunConfig, name: str, cluster: Cluster) -> StageForecast:
     flops, executed = _operations(config, name, meter)
     seconds = executed / (PEAK_FLOPS[cluster.gpu] * cluster.efficiency)
     is_on = config.trainer.activation_checkpointing
-    other = _trainer(config, recomputes=not is_on)
+    other = with_recomputation(config, recomputes=not is_on)
     moment = StageMeter(other, name, cluster.ranks).measure().moment
     found = StageForecast(
         name=name,
@@ -210,7 +166,7 @@ def _stage(config: RunConfig, name: str, cluster: Cluster) -> StageForecast:
         hours=seconds * meter.stage.steps / 3600,
     )
     if not found.fits:
-        found.knobs = _knobs(config, name, cluster)
+        found.knobs = find_knobs(config, name, cluster)
     return found
 
 
@@ -239,101 +195,6 @@ def _sent(config: RunConfig, name: str, meter: StageMeter) -> int:
             share = student if network == "student" else 1
             total += share * update_bytes(sizes, config.trainer, meter.world)
     return int(total)
-
-
-Plan = tuple[RunConfig, Cluster]
-
-
-def _knobs(config: RunConfig, name: str, cluster: Cluster) -> list[Knob]:
-    """What single settings would do; if none is enough, the best of them on top of each other."""
-    plan, labels, used = (config, cluster), [], set()
-    turned = [_turned(turn.label, turn.plan, name) for turn in _turns(plan, name)]
-    while not any(knob.fits for knob in turned):
-        options = [
-            (_turned(turn.label, turn.plan, name), turn)
-            for turn in _turns(plan, name)
-            if turn.key not in used
-        ]
-        if not options:
-            break
-        best, turn = min(options, key=lambda option: option[0].device_bytes)
-        plan = turn.plan
-        used.add(turn.key)
-        labels.append(best.setting)
-        if len(labels) > 1:
-            turned.append(Knob(" ".join(labels), best.device_bytes, best.fits))
-    return turned
-
-
-def _turned(label: str, plan: Plan, name: str) -> Knob:
-    config, cluster = plan
-    meter = StageMeter(config, name, cluster.ranks)
-    size = sum(meter.measure().device(meter.trained).values())
-    return Knob(label, size, size <= cluster.usable_bytes)
-
-
-class Turn(NamedTuple):
-    """A plan with one setting changed."""
-
-    key: str
-    label: str
-    plan: Plan
-
-
-def _turns(plan: Plan, name: str) -> Iterator[Turn]:
-    """Settings that can lower the memory of a stage, each turned alone."""
-    config, cluster = plan
-    wider = dataclasses.replace(cluster, nodes=2 * cluster.nodes)
-    wanted = [Turn("nodes", f"--nodes {wider.nodes}", (config, wider))]
-    for key, shown, changed in _settings(config, name):
-        wanted.append(Turn(key, f"{key}={shown}".replace(" ", ""), (changed, cluster)))
-    for turn in wanted:
-        try:
-            check_stages(turn.plan[0], ranks=turn.plan[1].ranks)
-        except ConfigError:
-            continue  # nothing that this plan could have
-        yield turn
-
-
-def _settings(config: RunConfig, name: str) -> Iterator[tuple[str, Any, RunConfig]]:
-    """Key, value as text, and the config with it; where that makes a difference."""
-    stage, trainer, own = config.stages[name], config.trainer, f"stages.{name}"
-    tokens = config.model.frames_per_block * config.frame_seq_len
-    if not trainer.activation_checkpointing:
-        yield "trainer.activation_checkpointing", "true", _trainer(config, recomputes=True)
-    if trainer.strategy == "deepspeed" and trainer.zero_stage > 0:
-        yield from _zero_settings(config)
-    if stage.micro_batch != 1:
-        yield f"{own}.micro_batch", "1", _staged(config, name, micro_batch=1)
-    for key in ("budgets", "budget_tokens"):
-        if key in stage.params:
-            found = stage.params[key]
-            lower = [one - tokens for one in found] if key == "budgets" else found - tokens
-            changed = _staged(config, name, params=stage.params | {key: lower})
-            yield f"{own}.params.{key}", str(lower), changed
-    frames = stage.frames - config.model.frames_per_block
-    if frames > 0:
-        yield f"{own}.frames", str(frames), _staged(config, name, frames=frames)
-
-
-def _zero_settings(config: RunConfig) -> Iterator[tuple[str, Any, RunConfig]]:
-    trainer = config.trainer
-    if trainer.zero_stage < 3 and not trainer.compile:
-        zero = dataclasses.replace(trainer, zero_stage=trainer.zero_stage + 1)
-        yield "trainer.zero_stage", zero.zero_stage, dataclasses.replace(config, trainer=zero)
-    if not trainer.offload_optimizer:
-        host = dataclasses.replace(trainer, offload_optimizer=True)
-        yield "trainer.offload_optimizer", "true", dataclasses.replace(config, trainer=host)
-
-
-def _staged(config: RunConfig, name: str, **changes: Any) -> RunConfig:
-    changed = dataclasses.replace(config.stages[name], **changes)
-    return dataclasses.replace(config, stages=config.stages | {name: changed})
-
-
-def _trainer(config: RunConfig, *, recomputes: bool) -> RunConfig:
-    trainer = dataclasses.replace(config.trainer, activation_checkpointing=recomputes)
-    return dataclasses.replace(config, trainer=trainer)
 
 
 def _cluster(config: RunConfig, arguments: argparse.Namespace) -> Cluster:

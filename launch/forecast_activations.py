@@ -285,10 +285,9 @@ def _options(
     network: VideoTransformer, geometry: Geometry, found: Pass, captured: list[Tensor]
 ) -> dict[str, Any]:
     """The rest of the arguments of a forward pass."""
-    grid = [
-        size // patch for size, patch in zip(geometry.size, network.patch_size[1:], strict=True)
-    ]
-    block_len = geometry.block * grid[0] * grid[1]
+    rows, columns = network.patch_size[1:]
+    frame_len = geometry.size[0] // rows * (geometry.size[1] // columns)
+    block_len = geometry.block * frame_len
     if found.past is not None:
         return {"cache": FilledCache(network, found.past, is_bf16=geometry.is_bf16)}
     if found.attention == PROBED:

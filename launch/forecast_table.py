@@ -10,7 +10,8 @@ from launch.forecast_memory import data_bytes
 from train.hardware import MEMORY_GB
 
 if TYPE_CHECKING:
-    from launch.forecast import Cluster, Knob, StageForecast
+    from launch.forecast import StageForecast
+    from launch.forecast_knobs import Cluster, Knob
 
 GIB = 2**30
 EXACT = ("parameters", "masters", "moments", "averages", "gradients", "frozen", "KV cache")

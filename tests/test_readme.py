@@ -44,7 +44,7 @@ def test_every_command_works(tmp_path):
     run(["-m", "launch", "run", "configs/tiny.yaml", "name=demo"])
     commands = launch_commands()
     verbs = {"run", "show", "world", "ingest", "encode", "fit", "sample", "evaluate", "export"}
-    verbs |= {"bench", "slurm", "replay"}
+    verbs |= {"bench", "slurm", "replay", "plan"}
     assert {words[2] for words in commands if words[1] == "launch"} == verbs
     for words in commands:
         run(words + SMALLER.get(words[3], []) if words[2] == "bench" else words)

@@ -11,7 +11,7 @@ from configs.load import load_config
 from configs.schema import CodecConfig, HeadConfig, ModelConfig, RunConfig, SourceConfig, TextConfig
 from data.datamodule import SwitchBatch
 from launch.__main__ import main
-from launch.forecast import Cluster, forecast
+from launch.forecast import forecast
 from launch.forecast_activations import (
     Geometry,
     LiveBytes,
@@ -21,7 +21,9 @@ from launch.forecast_activations import (
     run_pass,
 )
 from launch.forecast_flops import pass_flops
-from launch.forecast_memory import StageMeter, policy_features
+from launch.forecast_knobs import Cluster
+from launch.forecast_memory import StageMeter
+from launch.forecast_moments import policy_features
 from launch.forecast_passes import CAUSAL, PAIRED, Pass, step_passes
 from models.kv_policies import build_policy
 from models.kv_spec import CacheSpec
