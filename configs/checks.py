@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 RESERVED_NAMES = ("data", "evaluate", "report", "superseded", "wandb")
 """Folders of a run that no stage may be called."""
 
+PLACEHOLDER = "SET_ME/"
+"""How a path begins that only a user can know."""
+
 SECTION_KEYS = {
     "stage": "stages.*",
     "optim": "stages.*.optimizers.*",
@@ -90,6 +93,16 @@ def require_budgets(
             budget >= needed,
             f"{key} must hold sink and recent frames, {needed} tokens ({sink} + {recent} frames of "
             f"{config.frame_seq_len}), found {budget}; raise it or protect fewer frames",
+        )
+
+
+def require_paths(config: "RunConfig") -> None:
+    """Raise `ConfigError` if a path is still the placeholder of a config that we ship."""
+    for name, path in config.paths.items():
+        require(
+            not path.startswith(PLACEHOLDER),
+            f"paths.{name} must be a path of yours, found the placeholder {path!r}; set it in a "
+            f"YAML file or give paths.{name}=PATH",
         )
 
 

@@ -508,6 +508,8 @@ class RunConfig:
     name: str
     seed: int = 0
     runs_dir: str = "runs"
+    paths: dict[str, str] = field(default_factory=dict)
+    """Paths that other keys refer to, as `${paths.NAME}`, so that a user sets them in one place."""
     source: SourceConfig = field(default_factory=SourceConfig)
     codec: CodecConfig = field(default_factory=CodecConfig)
     text: TextConfig = field(default_factory=TextConfig)

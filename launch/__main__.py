@@ -326,6 +326,19 @@ def _import(arguments: argparse.Namespace) -> None:
     run(arguments)
 
 
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    from launch.forecast import add_arguments
+
+    _config_arguments(parser)
+    add_arguments(parser)
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from launch.forecast import run
+
+    run(arguments)
+
+
 def _show(arguments: argparse.Namespace) -> None:
     from launch.show import describe
     from launch.steps import say
@@ -413,6 +426,12 @@ VERBS: dict[str, Verb] = {
         "show configs/demo.yaml model.num_layers=30",
         _config_arguments,
         _show,
+    ),
+    "plan": Verb(
+        "Work out memory, time, disk and traffic of a run before anything is allocated.",
+        "plan configs/wan_14b.yaml --nodes 8 --gpus-per-node 8 --gpu h200 --figure plan.png",
+        _plan_arguments,
+        _plan,
     ),
     "bench": Verb(
         "Measure the speed and memory of one part on this machine.",

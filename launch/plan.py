@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from configs.checks import require_budgets
+from configs.checks import require_budgets, require_paths
 from configs.errors import ConfigError
 from configs.load import config_hash, nearest, parse_section, save_config, to_dict
 from configs.schema import FREE_STAGE_KEYS, RunConfig, StageConfig
@@ -32,8 +32,10 @@ def plan_steps(config: RunConfig) -> list[Step]:
     """Every step of the run in order: data, stages, evaluation, report.
 
     Raises:
-        UserError: If the videos or an export that the plan starts from are missing.
+        UserError: If a path is not set, or the videos or an export that the plan starts from are
+            missing.
     """
+    require_paths(config)
     steps = data_steps(config)
     for name in config.stages:
         steps += [*_target_steps(config, name), _stage_step(config, name)]

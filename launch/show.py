@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 import yaml
 
+from configs.errors import UserError
 from configs.load import to_dict
 from configs.schema import RunConfig
 from launch.build import network_config, token_grid
@@ -25,7 +26,11 @@ def describe(config: RunConfig) -> str:
     lines += ["", "key-value cache of one video in float32 (all layers)"]
     lines += [f"  {name:<26} {size:>14,} bytes" for name, size in _cache_sizes(config)]
     lines += ["", f"steps in {run_folder(config)}"]
-    return "\n".join([*lines, *_steps(config)])
+    try:
+        lines += list(_steps(config))
+    except UserError as error:  # what they start from is not here, maybe it never is on a laptop
+        lines.append(f"  not known yet: {error}")
+    return "\n".join(lines)
 
 
 def cache_bytes(config: RunConfig, tokens: int) -> int:

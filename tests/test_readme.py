@@ -69,7 +69,7 @@ def test_every_command_works(tmp_path):
     write_published(tmp_path)
     commands = launch_commands()
     verbs = {"run", "show", "world", "ingest", "encode", "fit", "sample", "evaluate", "export"}
-    verbs |= {"bench", "import", "slurm", "replay"}
+    verbs |= {"bench", "import", "plan", "slurm", "replay"}
     assert {words[2] for words in commands if words[1] == "launch"} == verbs
     for words in commands:
         run(words + SMALLER.get(words[3], []) if words[2] == "bench" else words)

@@ -24,6 +24,20 @@ Source: NVIDIA's data sheets of each product (tensor cores, bfloat16; where a sh
 number with sparsity, half of it).
 """
 
+MEMORY_GB = {
+    "B200": 180,
+    "H200 NVL": 141,
+    "H200": 141,
+    "GH200": 96,
+    "H100 NVL": 94,
+    "H100 PCIe": 80,
+    "H100": 80,
+    "A100": 80,
+    "L40S": 48,
+    "RTX 4090": 24,
+}
+"""Memory in GB (1e9 bytes) of the same devices; of an A100, the larger one."""
+
 
 def peak_flops(device: torch.device, given_tflops: float = 0.0) -> float | None:
     """Most floating-point operations per second that `device` could do in bfloat16.

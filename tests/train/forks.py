@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.launch import held
 from tests.train import exact, toy
 from tests.train.conftest import ROOT, free_port
 
@@ -25,7 +26,7 @@ LIMIT = 60
 """Seconds of a wave, after which what still runs is killed."""
 
 
-PROGRAMS = {"toy": toy.main, "exact": exact.main}
+PROGRAMS = {"toy": toy.main, "exact": exact.main, "held": held.main}
 
 
 def run_cases(*waves: dict[str, dict], folder: Path) -> dict[str, list[dict]]:
