@@ -16,6 +16,7 @@ from launch.__main__ import main
 from launch.adapters import ADAPTER_LAYOUTS, DIFFUSERS_FILE, LONGLIVE_FILE, fold_scale
 from launch.build import network_config
 from launch.export import write_export
+from launch.longlive import read_adapter
 from launch.publish import PUBLISHED
 from launch.student import transformer_from_config
 from models.wan_config import Geometry, diffusers_config
@@ -109,6 +110,10 @@ def test_longlive_names_are_those_of_a_network_that_peft_has_wrapped(tmp_path):
     outcome = peft.set_peft_model_state_dict(wrapped, dict(content["generator_lora"]))
     assert not outcome.unexpected_keys
     assert_alike(velocities(wrapped.get_base_model()), velocities(adapted()))
+    imported = read_adapter(tmp_path / LONGLIVE_FILE).tensors()
+    expected = folded()["transformer"]
+    assert imported.keys() == expected.keys()
+    assert all(torch.equal(imported[name], expected[name]) for name in expected)
     name = "base_model.model.blocks.0.ffn.0.lora_A.weight"
     assert torch.equal(content["critic_lora"][name], 2 * content["generator_lora"][name])
 
