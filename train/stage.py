@@ -300,8 +300,14 @@ class Stage(L.LightningModule):
         return batch
 
     def autocast(self) -> AbstractContextManager:
-        """Bfloat16 arithmetic if the run asks for it; weights stay float32."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.uses_bf16)
+        """Bfloat16 arithmetic if the run asks for it; weights stay float32.
+
+        Nothing is cached: a cached weight would outlive the step of the optimiser that changes it,
+        and under ZeRO-3 every rank would come to hold the whole network.
+        """
+        return torch.autocast(
+            self.device.type, dtype=torch.bfloat16, enabled=self.uses_bf16, cache_enabled=False
+        )
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """One step: `update`, then the metrics; Lightning calls it."""

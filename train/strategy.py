@@ -192,6 +192,8 @@ class DeepSpeedEngines(DeepSpeedStrategy):
     ) -> Any:
         import deepspeed
 
+        # DeepSpeed's own autocast, around every pass, would cache weights: see `Stage.autocast`.
+        module.register_forward_pre_hook(lambda *_: torch.set_autocast_cache_enabled(False))
         index = self.root_device.index if self.root_device.type == "cuda" else self.local_rank
         trained = optimizer.param_groups[0]["params"] if optimizer is not None else []
         engine, *_ = deepspeed.initialize(

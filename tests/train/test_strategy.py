@@ -74,6 +74,12 @@ def test_bfloat16_autocast_keeps_float32_weights_near_the_exact_ones(two_ranks, 
     assert any(not torch.equal(found[key], exact[key]) for key in exact)
 
 
+@pytest.mark.parametrize("name", ["zero2-whole", "bf16", "bf16-zero3"])
+def test_a_network_computes_with_its_new_weights_as_soon_as_they_are_there(two_ranks, name):
+    rows = [json.loads(line) for line in (two_ranks / name / "metrics.jsonl").open()]
+    assert all(row["moved"] > 0 for row in rows)
+
+
 @pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "persistent"])
 def test_no_weight_is_held_when_a_closed_stage_is_gone(two_ranks, name):
     assert (two_ranks / f"{name}-whole" / "still_held").read_text() == "0"

@@ -102,11 +102,18 @@ class ToyStage(Stage):
             self.at_update(step)
         metrics = {}
         if step % 2 == 0:
+            before = self.output(batch)
             metrics |= self.optimise("student", self.student_loss, self.micro_batches(batch))
+            metrics["moved"] = (self.output(batch) - before).abs().max()
         metrics |= self.optimise("critic", self.critic_loss, self.micro_batches(batch))
         self.mean = self.mean.lerp(batch.latents.mean(dim=0), 0.1)
         self.counters["critic_steps"] = self.counters.get("critic_steps", 0) + 1
         return metrics
+
+    @torch.no_grad()
+    def output(self, batch: ToyBatch) -> Tensor:
+        """Of the student as it is now."""
+        return self.engine("student")(batch.latents).float()
 
     def student_loss(self, batch: ToyBatch) -> Tensor:
         x = self.engine("student")(batch.latents)
