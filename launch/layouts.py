@@ -80,8 +80,14 @@ def _write_self_forcing(folder: Path, _: Geometry, sets: Sets) -> None:
         GENERATORS[kind]: {PREFIX + name: tensor for name, tensor in weights.items()}
         for kind, weights in sets.items()
     }
-    with (folder / MODEL).open("wb") as file:  # a file of Python's says why it cannot be written
-        torch.save(content, file)
+    try:
+        with (folder / MODEL).open("wb") as file:
+            torch.save(content, file)
+    except RuntimeError as error:
+        # torch closes its archive in a file that could not be written, and fails once more.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 LAYOUTS: dict[str, Layout] = {

@@ -223,8 +223,10 @@ def _config_of(folder: Path, described: Mapping[str, Any]) -> RunConfig:
             f"{str(file)!r} must be the config of the run that wrote {folder.name}, found no stage "
             f"{saved['name']!r} in it; copy the right one there"
         )
-    own = identity(config, saved["name"], seed=saved["seed"]) | {"inputs": saved["inputs"]}
-    wrong = differences(saved, json.loads(json.dumps(own)))
+    own = json.loads(json.dumps(identity(config, saved["name"], seed=saved["seed"])))
+    # What weights and manifest follow from; other sections may have got keys since then.
+    deciding = ("stage", "model", "head")
+    wrong = differences({key: saved[key] for key in deciding}, {key: own[key] for key in deciding})
     if wrong:
         raise ExportError(
             f"{str(file)!r} must be the config of the run that wrote {folder.name}, found other "

@@ -224,6 +224,13 @@ def files_up_to(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
+def test_a_disk_that_is_full_amid_a_tensor_is_what_torch_says_then(tmp_path):
+    write = LAYOUTS["self-forcing"].write
+    weights = {"x": torch.zeros(1 << 18)}  # 1 MB
+    with files_up_to(300_000), pytest.raises(OSError, match="File too large"):
+        write(tmp_path, None, {"raw": weights})
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_full_disk_is_named_and_leaves_nothing(form, student, dst):
     size = 4096  # less than the weights, more than a config
