@@ -155,12 +155,15 @@ def _gradients(
 
 
 def crossing(sizes: Sequence[int], world: int, rank: int) -> int:
-    """Elements of the parameters of which a rank's part under ZeRO-1 or 2 has some, as wholes."""
+    """Elements of the parameters of which a rank's part under ZeRO-1 or 2 has some, as wholes.
+
+    Padding at the end of the last part is among them.
+    """
     part = part_size(sizes, 2, world)
     low, high = rank * part, (rank + 1) * part
-    ends = accumulate(sizes)
-    placed = zip(sizes, ends, strict=True)
-    return sum(size for size, end in placed if end > low and end - size < high)
+    placed = zip(sizes, accumulate(sizes), strict=True)
+    whole = sum(size for size, end in placed if end > low and end - size < high)
+    return whole + max(0, high - max(low, sum(sizes)))
 
 
 def exchanged_bytes(sizes: Sequence[int], trainer: TrainerConfig, world: int) -> int:
