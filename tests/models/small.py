@@ -1,10 +1,12 @@
-"""The small transformer that tests share."""
+"""The small transformer that tests share, and the sizes of the published ones."""
 
+import dataclasses
 from typing import Any
 
 import torch
 
 from models.transformer import VideoTransformer
+from models.wan_config import Geometry
 
 SIZES: dict[str, Any] = {
     "num_layers": 2,
@@ -15,6 +17,11 @@ SIZES: dict[str, Any] = {
     "text_dim": 8,
     "patch_size": (1, 1, 1),
 }
+
+WAN_1_3B = Geometry(
+    num_layers=30, num_heads=12, head_dim=128, ffn_dim=8960, freq_dim=256, text_dim=4096
+)
+WAN_14B = dataclasses.replace(WAN_1_3B, num_layers=40, num_heads=40, ffn_dim=13824)
 
 
 def small_transformer(seed: int = 0, **changes: Any) -> VideoTransformer:

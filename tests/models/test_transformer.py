@@ -26,8 +26,8 @@ def make(**changes) -> VideoTransformer:
     return random_transformer(**(SIZES | {"text_dim": 20} | changes))
 
 
-@pytest.mark.parametrize(("frames", "height", "width"), [(1, 4, 6), (5, 8, 12), (3, 2, 2)])
-def test_equals_diffusers_on_the_same_weights_with_gradients(frames, height, width):
+def diffusers_pair() -> tuple[WanTransformer3DModel, VideoTransformer]:
+    """Diffusers' network and ours with the same random weights."""
     torch.manual_seed(1)
     reference = WanTransformer3DModel(
         patch_size=(1, 2, 2),
@@ -49,7 +49,14 @@ def test_equals_diffusers_on_the_same_weights_with_gradients(frames, height, wid
     weights = reference.state_dict()
     assert len(weights) == len(network.state_dict())
     network.load_state_dict({k: weights[diffusers_name(k)] for k in network.state_dict()})
-    latents, text = torch.randn(2, frames, 16, height, width), torch.randn(2, 7, 20)
+    return reference, network
+
+
+def both(reference, network, frames, height, width, dtype=torch.float32):
+    """What the two say of the same batch of two videos.  [2, F, C, H, W]."""
+    generator = torch.Generator().manual_seed(7)
+    latents = torch.randn(2, frames, 16, height, width, generator=generator).to(dtype)
+    text = torch.randn(2, 7, 20, generator=generator).to(dtype)
     sigma = torch.tensor([0.13, 0.87])
     ours = network(latents, sigma[:, None].expand(2, frames), text)
     theirs = reference(
@@ -58,15 +65,37 @@ def test_equals_diffusers_on_the_same_weights_with_gradients(frames, height, wid
         encoder_hidden_states=text,
         return_dict=False,
     )[0].transpose(1, 2)
+    return ours, theirs
+
+
+SHAPES = [(1, 4, 6), (5, 8, 12), (3, 2, 2), (7, 6, 10)]
+
+
+@pytest.mark.parametrize(("frames", "height", "width"), SHAPES)
+def test_equals_diffusers_on_the_same_weights_with_gradients(frames, height, width):
+    reference, network = diffusers_pair()
+    ours, theirs = both(reference, network, frames, height, width)
     # Same float32 sums in another order: 1e-5 of the largest value.
-    scale = theirs.abs().max()
-    assert (ours - theirs).abs().max() <= 1e-5 * scale
+    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
     ours.square().mean().backward()
     theirs.square().mean().backward()
     theirs_grad = dict(reference.named_parameters())
     for name, parameter in network.named_parameters():
         other = theirs_grad[diffusers_name(name)].grad
         assert (parameter.grad - other).abs().max() <= 1e-4 * other.abs().max() + 1e-7, name
+
+
+@pytest.mark.parametrize(("frames", "height", "width"), SHAPES)
+@torch.no_grad()
+def test_in_bfloat16_differs_from_diffusers_by_no_more_than_rounding(frames, height, width):
+    exact = both(*diffusers_pair(), frames, height, width)[1]
+    pair = (network.to(torch.bfloat16) for network in diffusers_pair())
+    ours, theirs = both(*pair, frames, height, width, torch.bfloat16)
+    rounding = (theirs.float() - exact).square().mean().sqrt()
+    assert rounding > 0
+    # Both round at every layer, at other places: neither is further from the exact values.
+    assert (ours.float() - exact).square().mean().sqrt() <= 1.25 * rounding
+    assert (ours.float() - theirs.float()).square().mean().sqrt() <= 2 * rounding
 
 
 def test_axes_of_the_heads_are_wans():

@@ -23,6 +23,7 @@ from models.wan_names import (
     native_name,
     native_names,
 )
+from tests.models.small import WAN_1_3B, WAN_14B
 
 SMALL = Geometry(
     num_layers=3,
@@ -35,10 +36,6 @@ SMALL = Geometry(
     out_channels=7,
     patch_size=(1, 2, 3),
 )
-WAN_1_3B = Geometry(
-    num_layers=30, num_heads=12, head_dim=128, ffn_dim=8960, freq_dim=256, text_dim=4096
-)
-WAN_14B = dataclasses.replace(WAN_1_3B, num_layers=40, num_heads=40, ffn_dim=13824)
 
 
 def shapes(network) -> dict[str, tuple[int, ...]]:
