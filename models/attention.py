@@ -173,9 +173,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last axis."""
+        """Normalise the last axis; the result has the precision of `x`, also under autocast."""
         scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
-        return (x.float() * scale).to(x.dtype) * self.weight
+        return (x.float() * scale).to(x.dtype) * self.weight.to(x.dtype)
 
 
 class Attention(nn.Module):

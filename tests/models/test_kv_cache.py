@@ -59,6 +59,19 @@ def test_the_same_seeds_give_the_same_video_and_bf16_stays_finite(policy):
     assert roll(half, new_cache(half, policy), 12).isfinite().all()
 
 
+def test_under_autocast_keys_are_cached_in_the_precision_of_values():
+    network = random_transformer()
+    cache = new_cache(network, "sink_window")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        roll(network, cache, 4)
+    for layer in cache.layers:
+        parts = layer.parts
+        assert {name: part.dtype for name, part in parts.items()} == {
+            "keys": torch.bfloat16,
+            "values": torch.bfloat16,
+        }
+
+
 @pytest.mark.parametrize("time", ["absolute", "relative"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_more_than_1024_frames(policy, time):
