@@ -4,7 +4,9 @@ VENV ?= .venv
 PLAN ?= configs/demo.yaml
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
-SINGLE_THREAD := OMP_NUM_THREADS=1
+# Two test files at a time; tests of a file stay together, and share what is costly to make.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: demo test test-slow lint install
 
@@ -12,10 +14,10 @@ demo: $(STAMP)
 	$(BIN)/python -m launch run $(PLAN) $(SET)
 
 test: lint
-	$(SINGLE_THREAD) $(BIN)/python -m pytest -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-slow: $(STAMP)
-	$(SINGLE_THREAD) $(BIN)/python -m pytest -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -497,7 +497,7 @@ class TrackingConfig:
             self.alarm_rows >= 0,
             f"tracking.alarm_rows must not be negative, found {self.alarm_rows}",
         )
-        require_choice("tracking.wandb", self.wandb, ("auto", "offline", "online", "off"))
+        require_choice("tracking.wandb", self.wandb, ("auto", "offline", "online", "disabled"))
         require_positive(self, "finish_seconds", "upload_seconds")
 
 

@@ -148,7 +148,7 @@ def shrink(
     """
     root, small = run_folder(config).resolve(), copy.deepcopy(config)
     small.runs_dir = str(scratch)
-    small.tracking.wandb = "off"
+    small.tracking.wandb = "disabled"
     small.stages = {name: stage for name, stage in small.stages.items() if name in names}
     for name, stage in small.stages.items():
         stage.inputs = {

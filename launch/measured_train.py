@@ -93,7 +93,7 @@ def measured_config(
         num_steps: Of the whole training, warm-up included.
         checkpoint_step: Steps before the checkpoint.
     """
-    config = load_config([*words, "evaluate.stages=[]", 'tracking.wandb="off"'])
+    config = load_config([*words, "evaluate.stages=[]", "tracking.wandb=disabled"])
     if stage_name not in config.stages:
         return config
     stage = config.stages[stage_name]

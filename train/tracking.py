@@ -182,7 +182,7 @@ def build_wandb(
         about: The run.
         finish_seconds: In place of `tracking.finish_seconds`.
     """
-    if tracking.wandb == "off":
+    if tracking.wandb == "disabled":
         return None
     import wandb  # takes a second, so only where it is used
 

@@ -99,7 +99,7 @@ def main(words: list[str]) -> None:
         name="held",
         stages={"test": stage.config},
         trainer=TrainerConfig(accelerator="cpu", threads=1, **trainer),
-        tracking=TrackingConfig(wandb="off"),
+        tracking=TrackingConfig(wandb="disabled"),
     )
     fit(stage, Watched(STEPS), folder=path.with_suffix(""), config=config, stage_name="test")
     found["frozen"] = {

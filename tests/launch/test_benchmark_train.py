@@ -120,7 +120,7 @@ def test_every_shape_is_a_plan_whose_stages_can_be_measured(shape):
     check_stages(config)
     stage = config.stages["streaming"]
     assert (stage.steps, stage.checkpoint_every, stage.sample_every) == (9, 5, 0)
-    assert config.tracking.wandb == "off"
+    assert config.tracking.wandb == "disabled"
     if shape == "1.3b":
         assert config.model.num_layers == 30
         tokens = stage.frames * config.frame_seq_len

@@ -63,7 +63,7 @@ BIGGER = {"num_layers": 3, "num_heads": 3, "ffn_dim": 40, "frames_per_block": 7}
 @pytest.fixture
 def tiny(tmp_path):
     config = load_config([*SHAPES["tiny"], f"runs_dir={tmp_path}"])
-    config.tracking.wandb = "off"
+    config.tracking.wandb = "disabled"
     return config
 
 

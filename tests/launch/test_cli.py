@@ -205,7 +205,7 @@ def test_a_run_folder_in_use_is_refused_and_a_killed_run_continues(tmp_path):
         time.sleep(0.05)
     first.send_signal(signal.SIGSTOP)  # alive, and no faster than the second
     second = launch(*words)
-    _, err = second.communicate(timeout=60)
+    _, err = second.communicate(timeout=120)
     assert second.returncode == 2
     assert re.search(rf"must be free, found process {first.pid} on .* at work", err)
     first.send_signal(signal.SIGKILL)

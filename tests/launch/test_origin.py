@@ -20,7 +20,7 @@ from train.checkpoint import newest_whole
 
 ROOT = Path(__file__).parents[2]
 STAGES = ("teacher", "causal", "distill", "salience", "streaming")
-CHANGES = ["trainer.accelerator=cpu", "trainer.threads=1", 'tracking.wandb="off"', "name=run"]
+CHANGES = ["trainer.accelerator=cpu", "trainer.threads=1", "tracking.wandb=disabled", "name=run"]
 CHANGES += ["stages.salience.params.statistics_steps=1", "stages.salience.params.targets=online"]
 CHANGES += [
     f"stages.{stage}.{change}" for stage in STAGES for change in ("steps=2", "checkpoint_every=1")

@@ -42,7 +42,7 @@ def plan(tmp_path_factory):
         "model": sizes | {"text_dim": DIM},
         "stages": {"teacher": stage},
         "trainer": {"threads": 1, "accelerator": "cpu"},
-        "tracking": {"wandb": "off"},
+        "tracking": {"wandb": "disabled"},
     }
     (root / "plan.yaml").write_text(yaml.safe_dump(plan))
     return root / "plan.yaml"

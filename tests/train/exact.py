@@ -83,7 +83,7 @@ def train(path: Path, words: dict[str, Any]) -> None:
         name="exact",
         stages={"test": stage.config},
         trainer=trainer,
-        tracking=TrackingConfig(wandb="off"),
+        tracking=TrackingConfig(wandb="disabled"),
     )
     found: dict[str, Tensor] = {}
     update = stage.update

@@ -146,7 +146,7 @@ def test_a_loss_that_is_not_finite_counts_no_more_now_than_it_does_in_the_file()
 def train_with_losses(folder, losses, *, steps):
     """A toy run, one row per step, whose reported critic losses are made up."""
     config = toy_config(steps=steps, log_every=1, checkpoint_every=1)
-    config.tracking = TrackingConfig(wandb="off", alarm_factor=4.0, alarm_rows=2)
+    config.tracking = TrackingConfig(wandb="disabled", alarm_factor=4.0, alarm_rows=2)
     config.stages["toy"].steps = len(losses)
     stage = toy_stage(config)
     own = stage.update
@@ -191,7 +191,7 @@ def test_an_alarm_is_told_once_until_it_has_gone_and_a_resume_knows(tmp_path, ca
 @pytest.mark.parametrize("change", [{"alarm_factor": 0.0}, {"alarm_rows": 0}])
 def test_zero_turns_alarms_off(tmp_path, change):
     config = toy_config(steps=3, log_every=1)
-    config.tracking = TrackingConfig(wandb="off", **change)
+    config.tracking = TrackingConfig(wandb="disabled", **change)
     stage = toy_stage(config)
     train(tmp_path, config, stage)
     assert stage.watch_row is None

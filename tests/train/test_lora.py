@@ -198,7 +198,7 @@ def fitted(folder, rank=3):
         name="lora",
         stages={"test": stage.config},
         trainer=TrainerConfig(accelerator="cpu", threads=1),
-        tracking=TrackingConfig(wandb="off"),
+        tracking=TrackingConfig(wandb="disabled"),
     )
     fit(stage, Shares(4), folder=folder, config=config, stage_name="test")
     weights = {name: engine.weights(ema=True) for name, engine in stage.engines.items()}

@@ -105,8 +105,8 @@ def info(folder):
 
 
 def test_off_builds_nothing(tmp_path):
-    assert build_wandb(TrackingConfig(wandb="off"), info(tmp_path)) is None
-    log_export(TrackingConfig(wandb="off"), info(tmp_path), export=tmp_path, metadata={})
+    assert build_wandb(TrackingConfig(wandb="disabled"), info(tmp_path)) is None
+    log_export(TrackingConfig(wandb="disabled"), info(tmp_path), export=tmp_path, metadata={})
     assert list(tmp_path.iterdir()) == []
 
 

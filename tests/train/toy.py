@@ -181,7 +181,7 @@ def toy_config(**changes) -> RunConfig:
         sample_every=changes.pop("sample_every", 0),
         keep=changes.pop("keep", 2),
     )
-    tracking = changes.pop("tracking", TrackingConfig(wandb="off"))
+    tracking = changes.pop("tracking", TrackingConfig(wandb="disabled"))
     data = DataConfig(workers=changes.pop("workers", 0))
     trainer = TrainerConfig(accelerator="cpu", threads=1, **changes)
     return RunConfig(
