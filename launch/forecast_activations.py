@@ -78,23 +78,30 @@ def pass_memory(geometry: Geometry, found: Pass, *, recomputes: bool) -> PassMem
         found: The pass; `network`, `scored` and `count` do not matter.
         recomputes: Whether layers keep their inputs only.
     """
-    sizes = dict(geometry.network)
-    rank, targets = geometry.adapter or (0, ())
-    if not any(target.startswith("blocks.") for target in targets):  # else layers are not alike
-        sizes["num_layers"] = LAYERS
-    with torch.device("meta"):
-        network = VideoTransformer(**sizes)
-        if targets:
-            add_adapter(network, LoraConfig(rank=rank, targets=list(targets)), seed=0, key="lora")
+    network = _network(geometry.network, geometry.adapter)
     network.recomputes_activations = recomputes
     with torch.device("meta"), Rules(is_bf16=geometry.is_bf16).in_force():
         return run_pass(network, geometry, found)
 
 
+@lru_cache(maxsize=8)
+def _network(
+    sizes: tuple[tuple[str, Any], ...], adapter: tuple[int, tuple[str, ...]] | None
+) -> VideoTransformer:
+    """A network without data, as far as it is needed."""
+    rank, targets = adapter or (0, ())
+    changes = {"num_layers": LAYERS}
+    if any(target.startswith("blocks.") for target in targets):  # so layers are not alike
+        changes = {}
+    with torch.device("meta"):
+        network = VideoTransformer(**dict(sizes) | changes)
+        if targets:
+            add_adapter(network, LoraConfig(rank=rank, targets=list(targets)), seed=0, key="lora")
+    return network
+
+
 def run_pass(network: VideoTransformer, geometry: Geometry, found: Pass) -> PassMemory:
     """Run a pass, and the backward pass if there is one, and scale up to all layers."""
-    if not found.with_grad:
-        network.requires_grad_(False)
     b, more_layers = geometry.samples, dict(geometry.network)["num_layers"] - network.num_layers
     latents = torch.randn(b, found.frames, network.patch_embedding.in_channels, *geometry.size)
     sigma = torch.rand(b, found.frames)
@@ -113,8 +120,8 @@ def run_pass(network: VideoTransformer, geometry: Geometry, found: Pass) -> Pass
         kept, forward = live.now, live.peak
         live.peak = live.now
         if found.with_grad:
-            _drop_gradients(network)
-            velocity.sum().backward()
+            with _gradients_dropped(network):
+                velocity.sum().backward()
         backward = live.peak
     # At the first layer's entry there is less: nothing is left yet of a layer before.
     inner = more_layers and (entered[2] - entered[1]) * more_layers
@@ -128,12 +135,11 @@ def _options(
     rows, columns = network.patch_size[1:]
     frame_len = geometry.size[0] // rows * (geometry.size[1] // columns)
     block_len = geometry.block * frame_len
-    if found.attention == PROBED:
-        network.probe = PlainProbe()
-    elif found.attention == CAUSAL:
+    network.probe = PlainProbe() if found.attention == PROBED else None
+    if found.attention == CAUSAL:
         mask = block_causal_mask(found.frames // geometry.block, block_len)
         return {"mask": mask, "capture": lambda layer, hidden, *_: captured.append(hidden)}
-    elif found.attention == PAIRED:
+    if found.attention == PAIRED:
         frames = found.frames // 2
         tokens = frames * frame_len
         visible = torch.ones(geometry.samples, tokens, tokens, dtype=torch.bool)
@@ -160,13 +166,20 @@ def _watched(network: nn.Module, live: LiveBytes, entered: list[int]) -> Iterato
             handle.remove()
 
 
-def _drop_gradients(network: nn.Module) -> None:
+@contextmanager
+def _gradients_dropped(network: nn.Module) -> Iterator[None]:
+    """Let no gradient of a weight outlive the moment at which it is there."""
+
     def drop(parameter: Tensor) -> None:
         parameter.grad = None
 
-    for parameter in network.parameters():
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(drop)
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    handles = [parameter.register_post_accumulate_grad_hook(drop) for parameter in trained]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @lru_cache(maxsize=16)
@@ -178,6 +191,6 @@ def head_memory(width: int, hidden: int, tokens: int, *, is_bf16: bool) -> tuple
         with LiveBytes((*network.parameters(), read)) as live:
             predicted = network(read)
             kept, live.peak = live.now, live.now
-            _drop_gradients(network)
-            predicted.sum().backward()
+            with _gradients_dropped(network):
+                predicted.sum().backward()
     return kept, live.peak

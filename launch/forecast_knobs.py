@@ -1,11 +1,13 @@
 """Which settings make a stage smaller that does not fit, and how much smaller."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from configs.errors import ConfigError
-from configs.schema import RunConfig
+from configs.schema import LoraConfig, RunConfig
 from launch.forecast_memory import StageMeter
 from launch.plan import check_stages
 from train.hardware import MEMORY_GB
@@ -57,11 +59,13 @@ class Knob:
 
 
 Plan = tuple[RunConfig, Cluster]
+SMALLER = {"budgets": "tokens", "budget_tokens": "tokens", "chunk_frames": "frames"}
+"""Settings of stages that may be lower by a block, and what they count."""
 
 
 def find_knobs(config: RunConfig, name: str, cluster: Cluster) -> list[Knob]:
     """What single settings would do; if none is enough, the best of them together."""
-    plan, labels, used = (config, cluster), [], set()
+    plan, labels, used, least = (config, cluster), [], set(), math.inf
     turned = [_turned(turn.label, turn.plan, name) for turn in _turns(plan, name)]
     while not any(knob.fits for knob in turned):
         options = [
@@ -72,6 +76,9 @@ def find_knobs(config: RunConfig, name: str, cluster: Cluster) -> list[Knob]:
         if not options:
             break
         best, turn = min(options, key=lambda option: option[0].device_bytes)
+        if best.device_bytes >= least:
+            break
+        least = best.device_bytes
         plan = turn.plan
         used.add(turn.key)
         labels.append(best.setting)
@@ -112,8 +119,11 @@ def _turns(plan: Plan, name: str) -> Iterator[Turn]:
 
 def _settings(config: RunConfig, name: str) -> Iterator[tuple[str, Any, RunConfig]]:
     """Key, value as text, and the config with it; where that makes a difference."""
+    from launch.build import stage_type
+
     stage, trainer, own = config.stages[name], config.trainer, f"stages.{name}"
-    tokens = config.model.frames_per_block * config.frame_seq_len
+    block = config.model.frames_per_block
+    tokens = block * config.frame_seq_len
     if not trainer.activation_checkpointing:
         yield (
             "trainer.activation_checkpointing",
@@ -124,13 +134,16 @@ def _settings(config: RunConfig, name: str) -> Iterator[tuple[str, Any, RunConfi
         yield from _zero_settings(config)
     if stage.micro_batch != 1:
         yield f"{own}.micro_batch", "1", _staged(config, name, micro_batch=1)
-    for key in ("budgets", "budget_tokens"):
+    if stage.lora is None and stage_type(stage.kind).takes_lora and find_spec("peft"):
+        lora = LoraConfig()
+        yield f"{own}.lora.rank", lora.rank, _staged(config, name, lora=lora)
+    for key, less in SMALLER.items():
         if key in stage.params:
-            found = stage.params[key]
-            lower = [one - tokens for one in found] if key == "budgets" else found - tokens
+            found, unit = stage.params[key], tokens if less == "tokens" else block
+            lower = [one - unit for one in found] if isinstance(found, list) else found - unit
             changed = _staged(config, name, params=stage.params | {key: lower})
             yield f"{own}.params.{key}", str(lower), changed
-    frames = stage.frames - config.model.frames_per_block
+    frames = stage.frames - block
     if frames > 0:
         yield f"{own}.frames", str(frames), _staged(config, name, frames=frames)
 

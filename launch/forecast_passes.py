@@ -3,6 +3,7 @@
 The counterpart of the stages' `update` on paper; a test counts what they do and compares.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -96,14 +97,17 @@ class Rollout:
 
 
 def step_passes(config: RunConfig, name: str) -> list[Pass]:
-    """All passes of a mean step of a stage, for one micro-batch.
+    """All passes of a mean step of a stage, for one micro-batch; each kind once.
 
     Args:
         config: Of the run, checked.
         name: Of the stage.
     """
     kind = config.stages[name].kind
-    return list(PASSES[kind](config, name, stage_params(config, name)))
+    counts: Counter[Pass] = Counter()
+    for found in PASSES[kind](config, name, stage_params(config, name)):
+        counts[replace(found, count=1)] += found.count  # type: ignore[assignment]  # a mean
+    return [found.times(count) for found, count in counts.items()]
 
 
 def stage_params(config: RunConfig, name: str) -> Any:
