@@ -1,6 +1,5 @@
 import json
 import re
-import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -95,7 +94,7 @@ def count_steps(kind: str, steps: int, lora: LoraConfig | None = None) -> tuple[
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_operations_of_a_mean_step_are_those_that_are_counted(kind):
-    predicted, counted = count_steps(kind, 24 if kind == "streaming" else 4)
+    predicted, counted = count_steps(kind, 12 if kind == "streaming" else 4)
     # Exact but for the streams' changes of prompt, whose places are drawn.
     assert predicted == pytest.approx(counted, rel=0.02 if kind == "streaming" else 1e-9)
 
@@ -230,19 +229,24 @@ def drop_gradient(parameter):
 @pytest.mark.parametrize(
     ("file", "gpu", "layers", "budget"), [("wan_1_3b", "H100", 30, 12), ("wan_14b", "H200", 40, 9)]
 )
-def test_shipped_wan_configs_fit_and_are_planned_in_seconds(file, gpu, layers, budget):
+def test_shipped_wan_configs_fit_and_are_planned_by_few_passes(file, gpu, layers, budget):
     config = load_config([str(ROOT / "configs" / f"{file}.yaml")])
-    start = time.process_time()
+    pass_memory.cache_clear()
     stages = forecast(config, Cluster(gpu, 8, 8, 0.4))
-    assert time.process_time() - start < 10
+    # Half a second each is nearly all that a forecast takes; seconds depend on who else computes.
+    assert pass_memory.cache_info().misses <= 11
     assert [stage.name for stage in stages] == list(config.stages)
     assert all(stage.fits and not stage.knobs for stage in stages)
     # Per token in every layer: keys and values in bfloat16, places and a lot.
     token = layers * (config.model.num_heads * 128 * 4 + 3 * 8 + 4)
     assert stages[1].device["KV cache"] == budget * 1560 * token
     whole = 4 * {30: 1_418_996_800, 40: 14_288_491_584}[layers]
-    assert all(stage.start_bytes >= whole for stage in stages)
-    assert stages[0].executed > stages[0].flops > 0
+    first = stages[0]
+    part = first.device["parameters"] if config.trainer.zero_stage == 3 else 0
+    assert first.start_bytes == whole + part
+    assert first.mapped_bytes == first.host_end["transformer"] == whole
+    assert not any(first.host_start.values())
+    assert first.executed > first.flops > 0
 
 
 def test_what_does_not_fit_comes_with_settings_that_help():
