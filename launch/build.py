@@ -392,7 +392,7 @@ def export_stage(
         _separate_adapters(weights, stage, stage.config.lora)
     folder = run_folder(config) / stage_name
     manifest = export_manifest(config, stage, stage_name, inputs)
-    digest = write_export(folder / "export", weights=weights, manifest=manifest)
+    digest = write_export(folder / "export", weights=weights, manifest=manifest, replaces=True)
     shown = ("role", "stage", "kind", "train_seed", "steps", "parents", "config_hash")
     data = ShardSet(latents_folder(config)).hash
     log_export(
