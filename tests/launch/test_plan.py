@@ -389,7 +389,9 @@ def test_an_external_input_counts_by_its_content(tmp_path):
     def key(value: float) -> str:
         folder = tmp_path / "elsewhere" / "teacher"
         manifest = {"role": "teacher", "stage": "teacher"}
-        write_export(folder, weights={"t": {"w": torch.full((2,), value)}}, manifest=manifest)
+        write_export(
+            folder, weights={"t": {"w": torch.full((2,), value)}}, manifest=manifest, replaces=True
+        )
         config = tiny(tmp_path, f"stages.causal.inputs.teacher={folder}")
         return step_keys(plan_steps(config))["causal"]
 
