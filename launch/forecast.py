@@ -16,7 +16,7 @@ from configs.load import load_config, nearest
 from configs.schema import RunConfig
 from launch.forecast_flops import pass_flops
 from launch.forecast_knobs import Cluster, Knob, find_knobs, with_recomputation
-from launch.forecast_memory import StageMeter, network_sizes
+from launch.forecast_memory import StageMeter
 from launch.forecast_passes import step_passes
 from launch.plan import check_stages
 from train.hardware import PEAK_FLOPS
@@ -39,8 +39,12 @@ class StageForecast:
         other_activations: `activations` and `workspace` with `trainer.activation_checkpointing` the
             other way.
         usable_bytes: Of the device.
+        start_bytes: On the device before the first step, when one network after the other is put
+            there whole and then shared out.
         host_start: While the stage is built.
         host: While it trains.
+        host_end: Of rank 0, while the stage is exported.
+        mapped_bytes: Inputs in the page cache of each node, shared by its ranks.
         disk: Of all ranks together.
         sent_bytes: To other ranks, in a mean step.
         flops: Of a mean step, as `speed/tflops` counts.
@@ -56,8 +60,11 @@ class StageForecast:
     moment: str
     other_activations: int
     usable_bytes: int
+    start_bytes: int
     host_start: dict[str, int]
     host: dict[str, int]
+    host_end: dict[str, int]
+    mapped_bytes: int
     disk: dict[str, int]
     sent_bytes: int
     flops: float
@@ -74,7 +81,7 @@ class StageForecast:
     @property
     def fits(self) -> bool:
         """Whether the device has so much."""
-        return self.device_bytes <= self.usable_bytes
+        return max(self.device_bytes, self.start_bytes) <= self.usable_bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -156,8 +163,11 @@ def _stage(config: RunConfig, name: str, cluster: Cluster) -> StageForecast:
         moment=memory.moment.name,
         other_activations=moment.parts.get("activations", 0) + moment.parts.get("workspace", 0),
         usable_bytes=cluster.usable_bytes,
+        start_bytes=memory.start,
         host_start=memory.host_start,
         host=memory.host,
+        host_end=memory.host_end,
+        mapped_bytes=memory.mapped,
         disk=memory.disk,
         sent_bytes=_sent(config, name, meter),
         flops=flops,
@@ -174,7 +184,8 @@ def _operations(config: RunConfig, name: str, meter: StageMeter) -> tuple[float,
     """Of a mean step on one rank: those of the model, and those that are executed."""
     flops = executed = 0.0
     for found in step_passes(config, name):
-        cost, count = pass_flops(config, found), found.count * meter.share
+        cost = pass_flops(config, found, meter.lora(found.network))
+        count = found.count * meter.share
         flops += count * (cost.forward + cost.backward)
         if config.trainer.activation_checkpointing:
             executed += count * cost.repeated
@@ -187,13 +198,13 @@ def _sent(config: RunConfig, name: str, meter: StageMeter) -> int:
     student = 1 / getattr(meter.params, "student_every", 1)
     everything = step_passes(config, name)
     for network in (*meter.trained, *meter.frozen):
-        sizes = network_sizes(config, network)
+        sizes = meter.sizes(network)
         passes = [found for found in everything if found.network == network]
         count = sum(found.count * (1 + found.with_grad) for found in passes) * parts
-        total += count * exchanged_bytes(sizes, config.trainer, meter.world)
+        total += count * exchanged_bytes(sizes.whole, config.trainer, meter.world)
         if network in meter.trained:
             share = student if network == "student" else 1
-            total += share * update_bytes(sizes, config.trainer, meter.world)
+            total += share * update_bytes(sizes.trained, config.trainer, meter.world)
     return int(total)
 
 

@@ -4,24 +4,19 @@ Parameters, gradients, optimiser states and the cache are exact; what a pass tak
 `launch/forecast_activations.py`, put together in `launch/forecast_moments.py`, and is an estimate.
 """
 
-import json
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 
 import torch
-from torch import nn
 
 from configs.load import to_dict
-from configs.schema import RunConfig
+from configs.schema import LoraConfig, RunConfig
 from data.targets import STORED
-from launch.forecast_activations import Geometry, PassMemory, kv_types, pass_memory
+from launch.forecast_activations import Geometry, PassMemory, pass_memory
+from launch.forecast_meta import kv_types
 from launch.forecast_moments import MOMENTS, Moment
-from launch.forecast_passes import (
-    Pass,
-    stage_params,
-)
+from launch.forecast_passes import Pass, stage_params
+from launch.forecast_sizes import Sizes, network_sizes
 from models.salience import PARTS
 from train.shares import FLOAT, Share, frozen_share, trained_share
 from train.stage import Stage, rank_share
@@ -35,18 +30,24 @@ class StageMemory:
         shares: Of each network, by name.
         moment: When the device is fullest.
         moments: All that were compared.
-        copies: Weights that autocast keeps in bfloat16 until the step ends.
+        start: On the device at the fullest moment before the first step, when one network after the
+            other is put there whole and then shared out.
         host_start: On the host of each rank while the stage is built.
         host: On the host of each rank while it trains.
+        host_end: On the host of rank 0 when the stage is exported.
+        mapped: Of each node: files of inputs in the page cache, which its ranks share and which the
+            kernel may drop.
         disk: Written by all ranks together.
     """
 
     shares: dict[str, Share]
     moment: Moment
     moments: list[Moment]
-    copies: int
+    start: int = 0
     host_start: dict[str, int] = field(default_factory=dict)
     host: dict[str, int] = field(default_factory=dict)
+    host_end: dict[str, int] = field(default_factory=dict)
+    mapped: int = 0
     disk: dict[str, int] = field(default_factory=dict)
 
     def device(self, trained: Iterable[str]) -> dict[str, int]:
@@ -63,7 +64,6 @@ class StageMemory:
             "gradients": sum(share.gradients for share in shares),
             "frozen": sum(share.parameters for share in frozen),
             "buffers": sum(share.buffers for share in (*shares, *frozen)),
-            "bf16 copies": self.copies,
         }
         return found | self.moment.parts
 
@@ -98,50 +98,70 @@ class StageMeter:
             size=(grid[0] * model.patch_size[1], grid[1] * model.patch_size[2]),
             rows=config.text.length,
             is_bf16=config.trainer.precision == "bf16",
+            samples=self.samples,
         )
+
+    def lora(self, network: str) -> LoraConfig | None:
+        """The adapter that is trained in place of a network, if there is one."""
+        found = self.stage.lora
+        return found if found is not None and network in found.networks else None
+
+    def sizes(self, network: str) -> Sizes:
+        """Elements of the parameters of a network of the stage."""
+        return network_sizes(self.config, network, self.lora(network))
 
     def measure(self) -> StageMemory:
         """All of it."""
-        shares = {
-            name: trained_share(
-                network_sizes(self.config, name),
-                self.config.trainer,
-                self.world,
-                has_average=self.stage.optimizers[name].ema > 0,
-            )
-            for name in self.trained
-        }
-        for name in self.frozen:
-            sizes = network_sizes(self.config, name)
-            shares[name] = frozen_share(sizes, self.config.trainer, self.world)
+        shares = self._shares()
         moments = MOMENTS[self.stage.kind](self)
         return StageMemory(
             shares=shares,
             moment=max(moments, key=lambda moment: moment.total),
             moments=moments,
-            copies=self._copies(),
+            start=self._start(shares),
             host_start=self._host_start(),
             host=self._host(shares),
+            host_end=self._exported(),
+            mapped=self._mapped(),
             disk=self._disk(),
         )
 
+    def _shares(self) -> dict[str, Share]:
+        """Of every network; of one with an adapter, what lies below it has a share of its own."""
+        trainer, shares = self.config.trainer, {}
+        for name in self.trained:
+            sizes, has_average = self.sizes(name), self.stage.optimizers[name].ema > 0
+            shares[name] = trained_share(
+                sizes.trained, trainer, self.world, has_average=has_average
+            )
+            if sizes.frozen:
+                shares[below(name)] = frozen_share(
+                    sizes.frozen, trainer, self.world, adapter=sizes.trained
+                )
+        for name in self.frozen:
+            shares[name] = frozen_share(self.sizes(name).whole, trainer, self.world)
+        return shares
+
+    def _start(self, shares: dict[str, Share]) -> int:
+        """See `train.memory.settle` and `train.strategy.DeepSpeedEngines.setup`."""
+        held = most = 0
+        for name in (*self.trained, *self.frozen):
+            own = [shares[key] for key in (name, below(name)) if key in shares]
+            parts = sum(share.parameters for share in own)
+            whole = FLOAT * sum(self.sizes(name).whole)
+            most = max(most, held + whole + (parts if parts < whole else 0))
+            kept = [share for share in own if not share.is_offloaded]
+            held += parts + sum(share.masters + share.averages for share in kept)
+        return most
+
     def passed(self, found: Pass) -> PassMemory:
         """Memory of a pass over the samples of a micro-batch."""
+        geometry, lora = self.geometry, self.lora(found.network)
+        if lora is not None:
+            geometry = replace(geometry, adapter=(lora.rank, tuple(lora.targets)))
         recomputes = self.config.trainer.activation_checkpointing and found.with_grad
-        one = pass_memory(
-            self.geometry, replace(found, network="", scored=0, count=1), recomputes=recomputes
-        )
-        b = self.samples
-        return PassMemory(b * one.kept, b * one.forward, b * one.backward)
-
-    def _copies(self) -> int:
-        return sum(self.copied_bytes() for name in self.trained if name != "head")
-
-    def copied_bytes(self) -> int:
-        """Bytes of a transformer's weights in bfloat16, of those that products read."""
-        if not self.geometry.is_bf16:
-            return 0
-        return torch.bfloat16.itemsize * sum(network_sizes(self.config, PRODUCTS))
+        bare = replace(found, network="", scored=0, count=1)
+        return pass_memory(geometry, bare, recomputes=recomputes)
 
     def cache_bytes(self, tokens: int, features: int) -> int:
         """Bytes of a cache that holds `tokens` tokens in every layer; exact."""
@@ -156,20 +176,22 @@ class StageMeter:
         return self.samples * self.layers * tokens * self.width * keys.itemsize
 
     def bytes_until_summed(self) -> int:
-        """Gradients of weights that several passes share, which wait until all have been summed."""
-        if self.geometry.is_bf16:
-            return self.copied_bytes()
+        """Gradients of weights that several passes share, which wait until all have been summed.
+
+        Autograd hands a parameter its gradient when the last of them is there.
+        """
         trainer = self.config.trainer
         is_split = trainer.strategy == "deepspeed" and trainer.zero_stage >= 2
-        return FLOAT * sum(network_sizes(self.config, "student")) if is_split else 0
+        waits = is_split or self.share > self.samples  # else they become the gradients
+        return FLOAT * sum(self.sizes("student").trained) if waits else 0
 
     def _host_start(self) -> dict[str, int]:
-        """Every rank builds all networks as wholes, and reads its inputs twice."""
-        networks = [*self.trained, *self.frozen]
-        whole = sum(FLOAT * sum(network_sizes(self.config, name)) for name in networks)
-        return {"networks as wholes": whole, "inputs, read twice": 2 * self._input_bytes()}
+        """Networks from exports are mapped, and only those that start fresh are made in memory."""
+        fresh = [name for name in self.trained if not self.kind.network_sources[name]]
+        return {"fresh networks": FLOAT * sum(sum(self.sizes(name).whole) for name in fresh)}
 
-    def _input_bytes(self) -> int:
+    def _mapped(self) -> int:
+        """In float32, as stages export; imported files may be half as large."""
         from launch.build import stage_type
 
         total = 0
@@ -177,7 +199,7 @@ class StageMeter:
             stems = ["transformer"]
             if origin in self.config.stages:
                 stems = list(stage_type(self.config.stages[origin].kind).exported)
-            total += sum(FLOAT * sum(network_sizes(self.config, stem)) for stem in stems)
+            total += sum(FLOAT * sum(network_sizes(self.config, stem).whole) for stem in stems)
         return total
 
     def _host(self, shares: dict[str, Share]) -> dict[str, int]:
@@ -185,77 +207,43 @@ class StageMeter:
         copies = 2 if self.kind.restarts_at_snapshot else 1
         states = sum(share.saved for share in trained)
         found = {
-            "inputs": self._input_bytes(),
             "checkpoint copy": copies * states,
             "offloaded": sum(share.host for share in trained),
         }
-        if self.stage.kind == "salience":
-            found["gathered targets"] = FLOAT * self.gathered_values()
         if self.stage.kind == "causal" and self.params.evict:
             found["eviction masks"] = (8 + 2 * self.samples) * self.tokens**2  # int64, bool
         return found
 
-    def gathered_values(self) -> int:
-        """Targets of all ranks from which statistics are made."""
-        clips = self.params.statistics_steps * self.stage.batch
-        return clips * self.layers * self.tokens * len(PARTS)
+    def _exported(self) -> dict[str, int]:
+        """Files of the export; those of networks in training are made in the memory of rank 0."""
+        found = {}
+        for stem, name in self.kind.exported.items():
+            sizes = self.sizes(name)
+            if name in self.trained:
+                found[stem] = FLOAT * sum(sizes.whole)
+        return found
 
     def _disk(self) -> dict[str, int]:
         stage = self.stage
         kept = stage.keep + 1 + (stage.steps // stage.keep_every if stage.keep_every else 0)
         kept = min(kept, stage.steps // stage.checkpoint_every + 1)
         found = {f"{kept} checkpoints": kept * self.checkpoint_bytes()}
-        stems = self.kind.exported
-        found["export"] = sum(FLOAT * sum(network_sizes(self.config, stem)) for stem in stems)
+        found["export"] = sum(
+            FLOAT * sum(self.sizes(name).whole) for name in self.kind.exported.values()
+        )
         if self.stage.kind == "salience" and self.params.targets == STORED:
             found["targets per clip"] = 2 * self.layers * self.tokens * len(PARTS)
         return found
 
     def checkpoint_bytes(self) -> int:
         """Of the files of all ranks, but for headers and the small state of a stage; exact."""
-        total = 0
-        for name in self.trained:
-            sizes = network_sizes(self.config, name)
-            has_average = self.stage.optimizers[name].ema > 0
-            share = trained_share(sizes, self.config.trainer, self.world, has_average=has_average)
-            total += share.saved * (self.world if share.masters else 1)
-        return total
+        shares = self._shares()
+        return sum(
+            shares[name].saved * (self.world if shares[name].masters else 1)
+            for name in self.trained
+        )
 
 
-PRODUCTS = "products"
-"""In place of a network's name: only what linear layers and convolutions hold of a transformer."""
-
-
-def network_sizes(config: RunConfig, name: str) -> tuple[int, ...]:
-    """Elements of each parameter of a network, by its name in a stage or stem in an export."""
-    from launch.build import network_config
-
-    kind = name if name in ("head", PRODUCTS) else "transformer"
-    return _sizes(json.dumps(network_config(config)), kind)
-
-
-@lru_cache(maxsize=64)
-def _sizes(config: str, kind: str) -> tuple[int, ...]:
-    from launch.student import head_from_config, transformer_from_config
-
-    sizes = json.loads(config)
-    with torch.device("meta"):
-        network: nn.Module
-        if kind == "head":
-            network = head_from_config(sizes)
-        else:
-            network = transformer_from_config(sizes["model"])
-    if kind == PRODUCTS:
-        products = [m for m in network.modules() if isinstance(m, (nn.Linear, nn.Conv3d))]
-        return tuple(p.numel() for product in products for p in product.parameters())
-    return tuple(parameter.numel() for parameter in network.parameters())
-
-
-def data_bytes(config: RunConfig) -> dict[str, int]:
-    """Bytes of a clip in the shards of latents, captions at their longest, tar headers left out."""
-    frames = config.codec.latent_frames(config.source.frames)
-    cells = math.prod(pixels // config.codec.stride for pixels in config.source.size)
-    return {
-        "latents": FLOAT * frames * config.codec.channels * cells,
-        "text": FLOAT * config.text.length * config.text.dim,
-    }
+def below(network: str) -> str:
+    """What the frozen weights below the adapter of a network are called among the shares."""
+    return f"{network} below its adapter"

@@ -46,12 +46,12 @@ def _whole_pass(meter: StageMeter, name: str, found: Pass, **more: int) -> Momen
 
 
 def _teacher(meter: StageMeter) -> list[Moment]:
-    return [_whole_pass(meter, "update", Pass("", meter.stage.frames, with_grad=True))]
+    return [_whole_pass(meter, "update", Pass("teacher", meter.stage.frames, with_grad=True))]
 
 
 def _causal(meter: StageMeter) -> list[Moment]:
     frames = meter.stage.frames
-    paired = Pass("", 2 * frames, wanted=frames, attention=PAIRED, with_grad=True)
+    paired = Pass("student", 2 * frames, wanted=frames, attention=PAIRED, with_grad=True)
     return [_whole_pass(meter, "update", paired)]
 
 
@@ -59,13 +59,11 @@ def _salience(meter: StageMeter) -> list[Moment]:
     frames, b, model = meter.stage.frames, meter.samples, meter.config.model
     # What `attend_with_targets` holds of a layer: the log-sum-exp, three maxima; then the targets.
     extra = b * meter.tokens * FLOAT * (4 * model.num_heads + len(PARTS) * meter.layers)
-    values = meter.gathered_values()
-    # In `fit_statistics`: float32, and three times float64.
-    moments = [Moment("statistics", {"gathered targets": (FLOAT + 3 * 8) * values})]
+    moments = []
     if meter.params.targets != STORED:
-        asked = meter.passed(Pass("", frames, wanted=0, attention=PROBED))
+        asked = meter.passed(Pass("teacher", frames, wanted=0, attention=PROBED))
         moments.append(_moment("teacher", 0, asked.forward, targets=extra))
-    hidden = meter.passed(Pass("", frames, wanted=0, attention=CAUSAL))
+    hidden = meter.passed(Pass("student", frames, wanted=0, attention=CAUSAL))
     moments.append(_moment("student", hidden.kept, hidden.forward))
     kept, most = head_memory(
         meter.width, meter.config.head.hidden, meter.tokens, is_bf16=meter.geometry.is_bf16
@@ -135,7 +133,7 @@ def _matching(
     kept = sum(memory.kept for memory in blocks)
     before, workspace = kept - blocks[-1].kept, blocks[-1].backward - blocks[-1].kept
     waiting = meter.bytes_until_summed() if len(blocks) > 1 else 0
-    judged = meter.passed(Pass("", frames))
+    judged = meter.passed(Pass("critic", frames))  # takes no less than the teacher
     cache = {"KV_cache": meter.cache_bytes(last, features), "rotated_keys": 0}
     if not meter.config.trainer.activation_checkpointing:
         cache["rotated_keys"] = meter.rotated_bytes(last)  # else kept for the backward pass anyway
@@ -149,14 +147,14 @@ def _matching(
         _moment(
             "student's next block back", before, before + workspace, **lasting, waiting=waiting
         ),
-        _whole_pass(meter, "critic", Pass("", frames, with_grad=True), **lasting),
+        _whole_pass(meter, "critic", Pass("critic", frames, with_grad=True), **lasting),
     ]
 
 
 def _read_pass(meter: StageMeter, past: int, block: int) -> PassMemory:
     """A pass with gradient that reads a cache, from two others: memory is linear in the tokens."""
     unit = block * meter.config.frame_seq_len
-    one, two = (meter.passed(Pass("", block, past=n * unit, with_grad=True)) for n in (1, 2))
+    one, two = (meter.passed(Pass("student", block, past=n * unit, with_grad=True)) for n in (1, 2))
     share = past / unit - 1
 
     def between(low: int, high: int) -> int:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from configs.errors import UserError
 from configs.schema import RunConfig
-from launch.forecast_memory import data_bytes
+from launch.forecast_sizes import data_bytes
 from train.hardware import MEMORY_GB
 
 if TYPE_CHECKING:
@@ -24,14 +24,12 @@ COLORS = {
     "gradients": "#7030a0",
     "frozen": "#7f7f7f",
     "buffers": "#bfbfbf",
-    "bf16 copies": "#d9d9d9",
     "KV cache": "#c55a11",
     "rotated keys": "#f4b183",
     "activations": "#548235",
     "workspace": "#a9d18e",
     "waiting": "#b889db",
     "targets": "#ffd966",
-    "gathered targets": "#ffc000",
 }
 FORMATS = (".png", ".pdf", ".svg")
 
@@ -79,11 +77,11 @@ def _stage(stage: "StageForecast", cluster: "Cluster") -> list[str]:
             f"    activation checkpointing the other way: ~{size(stage.other_activations)} of "
             f"activations and workspace in place of ~{size(own)}"
         )
-    per_node = cluster.gpus_per_node
     lines += [
-        f"  host               {_total(stage.host)} in training ({_parts(stage.host)})",
-        f"  host at the start  {_total(stage.host_start)} ({_parts(stage.host_start)}); "
-        f"{size(per_node * sum(stage.host_start.values()))} per node",
+        f"  at the start      ~{size(stage.start_bytes):>10}, when networks are put there whole, "
+        "one by one, and shared out",
+        f"  host               {_host(stage, cluster)}",
+        f"  host of rank 0     {_parts(stage.host_end)} when the stage is exported",
         f"  disk, all ranks    {_parts(stage.disk)}",
         f"  sent to others     ~{size(stage.sent_bytes)} per step",
         f"  time (prediction)  ~{stage.step_seconds:.1f} s per step = "
@@ -93,13 +91,16 @@ def _stage(stage: "StageForecast", cluster: "Cluster") -> list[str]:
     return lines + [_knob(knob) for knob in stage.knobs]
 
 
+def _host(stage: "StageForecast", cluster: "Cluster") -> str:
+    parts = stage.host_start | stage.host
+    node = size(cluster.gpus_per_node * sum(parts.values()))
+    cached = f"{size(stage.mapped_bytes)} of inputs in its page cache, shared by its ranks"
+    return f"{_parts(parts)}; {node} per node" + (f", and {cached}" if stage.mapped_bytes else "")
+
+
 def _knob(knob: "Knob") -> str:
     verdict = "fits" if knob.fits else "not enough"
     return f"  turn {knob.setting}: {size(knob.device_bytes)}, {verdict}"
-
-
-def _total(parts: Mapping[str, int]) -> str:
-    return size(sum(parts.values()))
 
 
 def _parts(parts: Mapping[str, int]) -> str:

@@ -40,7 +40,7 @@ def target_layers(network: nn.Module, targets: Sequence[str], *, key: str) -> li
         ConfigError: If a target names no layer.
     """
     linears = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear)]
-    unknown = [target for target in targets if not any(_is_named(one, target) for one in linears)]
+    unknown = [target for target in targets if not any(is_named(one, target) for one in linears)]
     if unknown:
         # `blocks.7.ffn.0` is told as `ffn.0`: the layers are alike.
         short = {name.split(".", 2)[2] if name.startswith("blocks.") else name for name in linears}
@@ -48,10 +48,11 @@ def target_layers(network: nn.Module, targets: Sequence[str], *, key: str) -> li
             f"{key} must be ends of names of linear layers, {unknown} are none; there are "
             f"{', '.join(sorted(short))}"
         )
-    return [name for name in linears if any(_is_named(name, target) for target in targets)]
+    return [name for name in linears if any(is_named(name, target) for target in targets)]
 
 
-def _is_named(name: str, target: str) -> bool:
+def is_named(name: str, target: str) -> bool:
+    """Whether a target means the layer of this full name."""
     return name == target or name.endswith(f".{target}")
 
 

@@ -65,18 +65,22 @@ class Share:
         return self.states + self.host_buffers if self.is_offloaded else 0
 
 
-def frozen_share(sizes: Sequence[int], trainer: TrainerConfig, world: int) -> Share:
-    """Of a network that is only read: whole, but under ZeRO-3.
+def frozen_share(
+    sizes: Sequence[int], trainer: TrainerConfig, world: int, *, adapter: Sequence[int] = ()
+) -> Share:
+    """Of weights that are only read: whole, but under ZeRO-3.
 
     Args:
         sizes: Elements of each parameter.
         trainer: Strategy.
         world: Ranks.
+        adapter: Elements of the parameters of the adapter that is trained above them, if any.
     """
-    is_large = any(size > trainer.persistent_params for size in sizes)
-    if not (_zero_stage(trainer) == 3 and is_large):
+    is_taken_apart = adapter or any(size > trainer.persistent_params for size in sizes)
+    if not (_zero_stage(trainer) == 3 and is_taken_apart):
         return Share(parameters=FLOAT * sum(sizes))
-    return Share(_sharded(sizes, trainer, world), buffers=FLOAT * _live(sizes, trainer))
+    live = _live([*sizes, *adapter], trainer) - _live(adapter, trainer)
+    return Share(_sharded(sizes, trainer, world), buffers=FLOAT * live)
 
 
 def trained_share(

@@ -5,7 +5,9 @@ import json
 import pytest
 
 from configs.schema import TrainerConfig
-from tests.train.exact import exact_stage
+from launch.forecast_memory import StageMeter, below
+from tests.launch.small_runs import small_run
+from tests.train.exact import PARAMS, exact_stage
 from tests.train.forks import run_cases
 from train.shares import frozen_share, trained_share
 
@@ -21,7 +23,9 @@ STRATEGIES = {
 }
 CASES = [(name, "distill") for name in STRATEGIES]
 CASES += [(name, "salience") for name in ("zero1", "zero2", "zero3")]
-"""Two networks and a frozen one; a head with parameters of odd sizes and two frozen networks."""
+LORA = [(name, "lora") for name in ("ddp", "zero1", "zero2", "zero3", "persistent", "offload3")]
+"""Two networks and a frozen one; a head with parameters of odd sizes and two frozen networks; two
+networks with adapters."""
 
 
 def settings(name: str, **changes) -> dict:
@@ -32,7 +36,7 @@ def settings(name: str, **changes) -> dict:
 def two_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("held")
     waves = []
-    for half in (CASES[::2], CASES[1::2]):
+    for half in (CASES[::2] + LORA[::2], CASES[1::2] + LORA[1::2]):
         words: list[str] = []
         for name, kind in half:
             words += ["--then", str(folder / f"{name}-{kind}"), "--kind", kind]
@@ -67,6 +71,26 @@ def test_shares_are_what_two_ranks_hold_byte_for_byte(two_ranks, name, kind):
             assert found["frozen"][network] == frozen_share(sizes, trainer, 2).parameters
         if rank == 0:  # the other one may look before all files are there
             assert found["checkpoint"]["bytes"] == saved
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "kind"), LORA)
+def test_of_adapters_a_forecast_says_what_two_ranks_hold(two_ranks, name, kind):
+    config = small_run("distill", exact_stage(kind), PARAMS["distill"])
+    config.trainer = TrainerConfig(**settings(name))
+    meter = StageMeter(config, "test", 2)
+    shares = meter.measure().shares
+    found = json.loads((two_ranks / f"{name}-{kind}-0").read_text())
+    for network in ("student", "critic"):
+        held, share = found[network], shares[network]
+        assert held["parameters"] == share.parameters + shares[below(network)].parameters
+        assert 0 < held["masters" if share.masters else "moments"] < held["parameters"]
+        for part in ("masters", "moments", "averages"):
+            assert held[part] == getattr(share, part), part
+        if not config.trainer.offload_optimizer:
+            assert held["gradients"] == share.gradients
+    assert found["frozen"]["teacher"] == shares["teacher"].parameters
+    assert found["checkpoint"]["bytes"] == meter.checkpoint_bytes()
 
 
 def test_the_parts_of_all_ranks_make_up_a_network_and_little_more():

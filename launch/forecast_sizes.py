@@ -1,0 +1,76 @@
+"""How many elements networks and clips have, from the code that builds them, without memory."""
+
+import json
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import nn
+
+from configs.schema import LoraConfig, RunConfig
+from train.lora import add_adapter
+from train.shares import FLOAT
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Elements of each parameter of a network, in the network's order.
+
+    Attributes:
+        trained: That a stage trains; all of them without an adapter.
+        frozen: What lies below an adapter.
+    """
+
+    trained: tuple[int, ...]
+    frozen: tuple[int, ...] = ()
+
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """All of them."""
+        return self.trained + self.frozen
+
+
+def network_sizes(config: RunConfig, name: str, lora: LoraConfig | None = None) -> Sizes:
+    """Of a network, by its name in a stage or stem in an export.
+
+    Args:
+        config: Of the run.
+        name: Of the network.
+        lora: Of its adapter, if it gets one.
+    """
+    from launch.build import network_config
+
+    kind = "head" if name == "head" else "transformer"
+    adapter = None if lora is None else (lora.rank, tuple(lora.targets))
+    return _sizes(json.dumps(network_config(config)), kind, adapter)
+
+
+@lru_cache(maxsize=64)
+def _sizes(config: str, kind: str, adapter: tuple[int, tuple[str, ...]] | None) -> Sizes:
+    from launch.student import head_from_config, transformer_from_config
+
+    sizes = json.loads(config)
+    with torch.device("meta"):
+        if kind == "head":
+            network: nn.Module = head_from_config(sizes)
+        else:
+            network = transformer_from_config(sizes["model"])
+        if adapter is not None:
+            settings = LoraConfig(rank=adapter[0], targets=list(adapter[1]))
+            add_adapter(network, settings, seed=0, key="lora")
+    parameters = list(network.parameters())
+    return Sizes(
+        trained=tuple(p.numel() for p in parameters if p.requires_grad),
+        frozen=tuple(p.numel() for p in parameters if not p.requires_grad),
+    )
+
+
+def data_bytes(config: RunConfig) -> dict[str, int]:
+    """Bytes of a clip in the shards of latents, captions at their longest, tar headers left out."""
+    frames = config.codec.latent_frames(config.source.frames)
+    cells = math.prod(pixels // config.codec.stride for pixels in config.source.size)
+    return {
+        "latents": FLOAT * frames * config.codec.channels * cells,
+        "text": FLOAT * config.text.length * config.text.dim,
+    }
