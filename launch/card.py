@@ -24,8 +24,8 @@ from safetensors.torch import load_file
 weights = load_file("THIS_FOLDER/diffusion_pytorch_model.safetensors")  # Wan2.1's own names
 ```
 
-The folder stands in for the transformer of a native Wan2.1 folder; ComfyUI (not tried) takes the `.safetensors`
-file as a diffusion model.""",
+The folder stands in for the transformer of a native Wan2.1 folder. The names in the `.safetensors`
+file are those that ComfyUI reads in a diffusion model (not tried).""",
     "self-forcing": """```python
 import torch
 
