@@ -33,7 +33,7 @@ from launch.export import ExportError, new_folder, require_absent, sync
 from launch.formats import Checkpoint
 from launch.layouts import LAYOUTS, Layout
 from launch.origin import SETS, Origin, open_origin
-from launch.published import HEAD, PUBLISHED
+from launch.published import HEAD, PUBLISHED, VERSION
 from launch.steps import say
 from launch.verify import Seal, VerifyError, seal, verify
 from launch.verify_adapters import verify_adapters
@@ -43,8 +43,6 @@ from models.wan_config import TEXT_LEN, Geometry, native_config
 from train.versions import code_version, package_version
 
 CARD = "README.md"
-VERSION = 1
-"""Of `PUBLISHED`."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PACKAGES = ("pafukv", "torch", "safetensors", "diffusers")
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
