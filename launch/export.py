@@ -15,7 +15,7 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -169,13 +169,18 @@ def load_export(path: Path, *, role: str | None = None) -> Export:
     Raises:
         ExportError: If there is no export, it is damaged, or it has another role.
     """
+    export = open_export(path, role=role)
+    files = export.manifest["files"].items()
+    weights = {stem: _read_tensors(export.folder, stem, entry) for stem, entry in files}
+    return replace(export, weights=weights)
+
+
+def open_export(path: Path, *, role: str | None = None) -> Export:
+    """An export without its weights, which are not looked at; arguments and errors as before."""
     folder = find_export(path)
     manifest = read_manifest(folder)
     _check_role(folder, manifest, role)
-    weights = {
-        stem: _read_tensors(folder, stem, entry) for stem, entry in manifest["files"].items()
-    }
-    return Export(folder, manifest, weights)
+    return Export(folder, manifest, {})
 
 
 def find_export(path: Path) -> Path:
