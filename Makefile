@@ -4,9 +4,9 @@ VENV ?= .venv
 PLAN ?= configs/demo.yaml
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
-# Two test files at a time; tests of a file stay together, and share what is costly to make.
+# Two test files at a time, see tests/conftest.py.
 WORKERS ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 .PHONY: demo test test-slow lint install
 

@@ -189,8 +189,9 @@ class ModelConfig:
         )
         require_positive(self, "in_channels", "out_channels", "text_dim", "frames_per_block")
         require(
-            len(self.patch_size) == 3 and min(self.patch_size) > 0,
-            f"model.patch_size must be [time, height, width], found {self.patch_size}",
+            len(self.patch_size) == 3 and min(self.patch_size) > 0 and self.patch_size[0] == 1,
+            "model.patch_size must be [1, height, width], as a token lies within one frame, found "
+            f"{self.patch_size}",
         )
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from launch.export import ADAPTERS, Export
+from launch.layouts import save_torch
 from models.wan_names import diffusers_name, native_name
 from train.consolidate import consolidate
 from train.lora import adapter_tensors
@@ -128,8 +129,7 @@ def _write_longlive(folder: Path, adapters: Adapters) -> None:
         LONGLIVE[network]: {LONGLIVE_PREFIX + name: tensor for name, tensor in own.items()}
         for network, own in adapters.items()
     }
-    with (folder / LONGLIVE_FILE).open("wb") as file:  # a file of Python's says why it fails
-        torch.save(content, file)
+    save_torch(content, folder / LONGLIVE_FILE)
 
 
 def _read_longlive(folder: Path) -> Adapters:

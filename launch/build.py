@@ -16,7 +16,7 @@ from data.codec import build_codec
 from data.datamodule import LatentDataModule
 from data.shards import ShardSet
 from data.targets import STORED, TargetSet, TargetSource
-from launch.export import ADAPTERS, Export, load_export, map_weights, write_export
+from launch.export import ADAPTERS, Export, load_export, map_weights, open_export, write_export
 from launch.plan import data_folder, run_folder, targets_folder
 from launch.student import head_from_config, transformer_from_config
 from models.transformer import VideoTransformer
@@ -138,21 +138,39 @@ def load_inputs(
         UserError: If one is missing, has another role, or was made with another network.
     """
     stage = config.stages[stage_name]
-    expected = {"teacher": "teacher", "student": "student", "critic": None}
     exports = {}
     for role, path in input_paths(config, stage).items():
         if roles is not None and role not in roles:
             continue
-        if role not in expected:
-            raise ConfigError(
-                f"stages.{stage_name}.inputs knows the roles {list(expected)}, found {role!r}"
-            )
-        export = load_export(path, role=expected[role])
+        export = load_export(path, role=_expected_role(stage_name, role))
         if role == "critic" and export.manifest["role"] != "teacher":
             export.tensors("critic")  # a student's export must hold one
         _require_geometry(config, stage_type(stage.kind), role, export)
         exports[role] = export
     return exports
+
+
+def check_inputs(config: RunConfig) -> None:
+    """Check the exports that come from outside of the run, without reading their weights.
+
+    Raises:
+        UserError: As in `load_inputs`.
+    """
+    for name, stage in config.stages.items():
+        for role, path in input_paths(config, stage).items():
+            if "/" in stage.inputs[role]:
+                export = open_export(path, role=_expected_role(name, role))
+                _require_geometry(config, stage_type(stage.kind), role, export)
+
+
+def _expected_role(stage_name: str, role: str) -> str | None:
+    """What an export must be to serve as an input; a critic may start from either."""
+    expected = {"teacher": "teacher", "student": "student", "critic": None}
+    if role not in expected:
+        raise ConfigError(
+            f"stages.{stage_name}.inputs knows the roles {list(expected)}, found {role!r}"
+        )
+    return expected[role]
 
 
 def _require_geometry(config: RunConfig, cls: type[Stage], role: str, export: Export) -> None:
@@ -392,7 +410,7 @@ def export_stage(
         _separate_adapters(weights, stage, stage.config.lora)
     folder = run_folder(config) / stage_name
     manifest = export_manifest(config, stage, stage_name, inputs)
-    digest = write_export(folder / "export", weights=weights, manifest=manifest)
+    digest = write_export(folder / "export", weights=weights, manifest=manifest, replaces=True)
     shown = ("role", "stage", "kind", "train_seed", "steps", "parents", "config_hash")
     data = ShardSet(latents_folder(config)).hash
     log_export(

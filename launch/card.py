@@ -24,8 +24,8 @@ from safetensors.torch import load_file
 weights = load_file("THIS_FOLDER/diffusion_pytorch_model.safetensors")  # Wan2.1's own names
 ```
 
-The folder stands in for the transformer of a native Wan2.1 folder; ComfyUI takes the `.safetensors`
-file as a diffusion model.""",
+The folder stands in for the transformer of a native Wan2.1 folder. The names in the `.safetensors`
+file are those that ComfyUI reads in a diffusion model (not tried).""",
     "self-forcing": """```python
 import torch
 
@@ -37,7 +37,8 @@ Self-Forcing's `inference.py` takes the file as `--checkpoint_path`{flag}.""",
 import torch
 from diffusers import WanPipeline
 
-pipeline = WanPipeline.from_pretrained("WAN_FOLDER", torch_dtype=torch.bfloat16)
+# STUDENT_FOLDER: with the student that it started from as the transformer
+pipeline = WanPipeline.from_pretrained("STUDENT_FOLDER", torch_dtype=torch.bfloat16)
 pipeline.load_lora_weights("THIS_FOLDER", weight_name="pytorch_lora_weights.safetensors")
 ```""",
     "longlive-lora": """`lora.pt` holds `generator_lora`, and `critic_lora` if the critic was

@@ -12,8 +12,10 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +79,13 @@ class Export:
 
 
 def write_export(
-    folder: Path, *, weights: Mapping[str, Mapping[str, Tensor]], manifest: Mapping[str, Any]
+    folder: Path,
+    *,
+    weights: Mapping[str, Mapping[str, Tensor]],
+    manifest: Mapping[str, Any],
+    replaces: bool = False,
 ) -> str:
-    """Write an export; it appears under `folder` whole, in place of an older one.
+    """Write an export; it appears under `folder` whole.
 
     Args:
         folder: Final name, such as `runs/demo/teacher/export`.
@@ -87,33 +93,31 @@ def write_export(
         manifest: JSON values: `role` (one of `ROLES`), `stage`, `sampler`, `config`, `parents`
             (role to hash) and what else a reader needs. `format`, `versions` and `files` are
             added here.
+        replaces: Whether an older export may be there, which is then deleted.
 
     Returns:
         Hash of the export, for `parents` of its children.
 
     Raises:
-        ExportError: If the disk is full or not writable; nothing is left behind.
+        ExportError: If something else is there, or the disk is full or not writable; nothing is
+            left behind.
     """
     assert manifest["role"] in ROLES, f"unknown role {manifest['role']!r}"
-    part = folder.with_name(f"{folder.name}.part")
     whole = {
         **manifest,
         "format": FORMAT,
         "versions": {name: package_version(name) for name in ("pafukv", "torch", "safetensors")},
     }
     try:
-        _discard(part)
-        part.mkdir(parents=True)
-        whole["files"] = {
-            stem: _write_tensors(part / f"{stem}.safetensors", tensors)
-            for stem, tensors in sorted(weights.items())
-        }
-        _write_bytes(part / MANIFEST, json.dumps(whole, indent=2, sort_keys=True).encode())
-        _discard(folder)
-        part.rename(folder)
-        sync(folder.parent)
+        with new_folder(folder) as part:
+            whole["files"] = {
+                stem: _write_tensors(part / f"{stem}.safetensors", tensors)
+                for stem, tensors in sorted(weights.items())
+            }
+            _write_bytes(part / MANIFEST, json.dumps(whole, indent=2, sort_keys=True).encode())
+            if replaces and (folder / MANIFEST).is_file():
+                shutil.rmtree(folder)
     except (OSError, SafetensorError) as error:  # the latter for files of tensors
-        shutil.rmtree(part, ignore_errors=True)
         found = str(error.strerror if isinstance(error, OSError) else error)
         is_full = os.strerror(errno.ENOSPC) in found
         raise ExportError(
@@ -121,6 +125,37 @@ def write_export(
             f"{'free some space' if is_full else 'check the folder'} and run the same command again"
         ) from error
     return config_hash(json.loads(json.dumps(whole)))
+
+
+@contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """A folder to fill, which then gets the name `final`; after an error nothing of it stays.
+
+    It has a name of its own, beside `final`, so that nothing else is ever written to or deleted;
+    what a killed process leaves is called `.NAME.*.part`.
+
+    Raises:
+        OSError: If it cannot be made or renamed; the latter, too, if `final` is there.
+    """
+    final = Path(os.path.abspath(final))  # noqa: PTH100  # takes `..` away before it is followed
+    part = final.with_name(f".{final.name}.{uuid.uuid4().hex[:12]}.part")
+    try:
+        part.mkdir(parents=True)
+        yield part
+        sync(part)
+        if os.path.lexists(final):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(final))
+        part.rename(final)
+        sync(final.parent)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def require_absent(path: Path) -> None:
+    """Raise `ExportError` if there is anything that a verb would write to."""
+    # `new/..` comes into being when `new` does.
+    if os.path.lexists(os.path.abspath(path)):  # noqa: PTH100
+        raise ExportError(f"DST {str(path)!r} must not exist yet; choose another folder")
 
 
 def load_export(path: Path, *, role: str | None = None) -> Export:
@@ -134,13 +169,18 @@ def load_export(path: Path, *, role: str | None = None) -> Export:
     Raises:
         ExportError: If there is no export, it is damaged, or it has another role.
     """
+    export = open_export(path, role=role)
+    files = export.manifest["files"].items()
+    weights = {stem: _read_tensors(export.folder, stem, entry) for stem, entry in files}
+    return replace(export, weights=weights)
+
+
+def open_export(path: Path, *, role: str | None = None) -> Export:
+    """An export without its weights, which are not looked at; arguments and errors as before."""
     folder = find_export(path)
     manifest = read_manifest(folder)
     _check_role(folder, manifest, role)
-    weights = {
-        stem: _read_tensors(folder, stem, entry) for stem, entry in manifest["files"].items()
-    }
-    return Export(folder, manifest, weights)
+    return Export(folder, manifest, {})
 
 
 def find_export(path: Path) -> Path:
@@ -302,8 +342,3 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _discard(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)

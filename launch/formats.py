@@ -42,6 +42,8 @@ RAW, EMA = "raw", "ema"
 GENERATORS = {RAW: "generator", EMA: "generator_ema"}
 """Where Self-Forcing keeps the weights that are trained, and their moving average."""
 LORA = "generator_lora"
+SECOND = "transformer_2"
+"""Where a pipeline of diffusers keeps the expert for low noise, if it has two."""
 LISTED = 10
 
 
@@ -113,6 +115,7 @@ def unwrapped(named: Mapping[str, Any], *, where: str) -> dict[str, Any]:
 
 def _of_folder(path: Path, weights: str | None) -> Checkpoint:
     """The one transformer in a folder, or in `transformer/` below it."""
+    _require_one_expert(path)
     folder = path / "transformer" if (path / "transformer" / "config.json").is_file() else path
     found = files_by_kind(folder)
     configs = [file for file in found[None] if file.name == "config.json"]
@@ -130,6 +133,19 @@ def _of_folder(path: Path, weights: str | None) -> Checkpoint:
         f"{str(folder)!r} must hold the weights of a Wan2.1 transformer (safetensors, or a .pt), "
         f"found {_names(list(folder.iterdir())) or 'nothing'}; give the folder or file that does"
     )
+
+
+def _require_one_expert(path: Path) -> None:
+    """Raise `WeightsError` for a pipeline of diffusers with a second transformer, or its name."""
+    index = path / "model_index.json"
+    named = read_json(index).get(SECOND) if index.is_file() else None
+    is_named = isinstance(named, list) and any(named)  # [null, null] where there is none
+    if is_named or (path / SECOND).exists():
+        raise WeightsError(
+            f"{str(path)!r} must be a pipeline with one transformer, as those of Wan2.1, found "
+            f"{SECOND!r}, too, as in Wan2.2 A14B, whose two experts share the noise levels; take a "
+            "model with one transformer"
+        )
 
 
 def _of_file(path: Path, weights: str | None, config: Geometry | None) -> Checkpoint:
@@ -194,7 +210,7 @@ def _native(
     tensors, unknown = {}, []
     for name, value in bare.items():
         native = _or_none(native_name, name) if is_diffusers else name
-        if native is None or not isinstance(value, Tensor):
+        if native is None or not isinstance(value, Tensor) or value.is_nested:
             unknown.append(name)
         else:
             tensors[native] = value

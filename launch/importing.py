@@ -1,7 +1,6 @@
 """`python -m launch import`: checkpoints from elsewhere become exports that stages start from."""
 
 import argparse
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import pairwise
@@ -11,7 +10,7 @@ from typing import Any
 from configs.errors import UserError
 from configs.load import load_config, to_dict
 from data.files import json_sha256
-from launch.export import MANIFEST, write_export
+from launch.export import MANIFEST, require_absent, write_export
 from launch.formats import EMA, RAW, Checkpoint, read_checkpoint
 from launch.longlive import ADAPTER, Adapter, merge, read_adapter
 from launch.published import PUBLISHED, Weights, read_export, read_published, require_model
@@ -115,8 +114,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _check_options(arguments: argparse.Namespace) -> None:
     """Refuse options that contradict each other, and a DST that is there."""
-    if os.path.lexists(arguments.dst):
-        raise UserError(f"DST {str(arguments.dst)!r} must not exist yet; choose another folder")
+    require_absent(arguments.dst)
     for name in ("heads", "frames", "frames_per_block", "lora_alpha"):
         value = getattr(arguments, name)
         if value is not None and value <= 0:

@@ -44,20 +44,21 @@ class Layout:
 
     Attributes:
         title: For people.
-        write: From a new folder, the geometry and native tensors by set to files in the folder.
+        write: From a new folder, the geometry, native tensors by set, and the number of text rows
+            that the network was trained with, to files in the folder.
         name: From a set and a native name to the name in the files.
         holds_sets: Whether it holds raw and averaged weights side by side.
         roles: What may be exported so.
     """
 
     title: str
-    write: Callable[[Path, Geometry, Sets], None]
+    write: Callable[[Path, Geometry, Sets, int], None]
     name: Callable[[str, str], str]
     holds_sets: bool = False
     roles: tuple[str, ...] = ("teacher", "student")
 
 
-def _write_diffusers(folder: Path, geometry: Geometry, sets: Sets) -> None:
+def _write_diffusers(folder: Path, geometry: Geometry, sets: Sets, _: int) -> None:
     hub = optional("huggingface_hub")
     (folder / TRANSFORMER).mkdir()
     _write_json(folder / TRANSFORMER / "config.json", diffusers_config(geometry))
@@ -69,19 +70,24 @@ def _write_diffusers(folder: Path, geometry: Geometry, sets: Sets) -> None:
     )
 
 
-def _write_native(folder: Path, geometry: Geometry, sets: Sets) -> None:
-    _write_json(folder / "config.json", native_config(geometry))
+def _write_native(folder: Path, geometry: Geometry, sets: Sets, text_len: int) -> None:
+    _write_json(folder / "config.json", native_config(geometry, text_len=text_len))
     path = folder / f"{WEIGHTS}.safetensors"
     safetensors.torch.save_file(dict(_only(sets)), path, {"format": "pt"})
 
 
-def _write_self_forcing(folder: Path, _: Geometry, sets: Sets) -> None:
+def _write_self_forcing(folder: Path, _: Geometry, sets: Sets, __: int) -> None:
     content = {
         GENERATORS[kind]: {PREFIX + name: tensor for name, tensor in weights.items()}
         for kind, weights in sets.items()
     }
+    save_torch(content, folder / MODEL)
+
+
+def save_torch(content: Mapping[str, Any], path: Path) -> None:
+    """`torch.save`, of which a full disk is an `OSError` as of any other file."""
     try:
-        with (folder / MODEL).open("wb") as file:
+        with path.open("wb") as file:
             torch.save(content, file)
     except RuntimeError as error:
         # torch closes its archive in a file that could not be written, and fails once more.

@@ -81,8 +81,11 @@ def run_one(config: RunConfig, name: str, *, restart: bool = False) -> None:
 
 
 def check_run(config: RunConfig) -> None:
-    """Raise `ConfigError` if the stages cannot work, or not on the ranks that are there."""
+    """Raise `UserError` if the stages cannot work on the ranks and with the inputs there are."""
+    from launch.build import check_inputs
+
     check_stages(config, ranks=resolve_world(config.trainer).size)
+    check_inputs(config)
 
 
 def check_stages(config: RunConfig, *, ranks: int = 1) -> None:

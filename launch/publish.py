@@ -15,7 +15,6 @@ import errno
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,22 +29,20 @@ from configs.load import to_dict
 from data.files import file_sha256
 from launch.adapters import ADAPTER_LAYOUTS, AdapterLayout
 from launch.card import model_card
-from launch.export import ExportError, sync
+from launch.export import ExportError, new_folder, require_absent, sync
 from launch.formats import Checkpoint
 from launch.layouts import LAYOUTS, Layout
 from launch.origin import SETS, Origin, open_origin
-from launch.published import HEAD, PUBLISHED
+from launch.published import HEAD, PUBLISHED, VERSION
 from launch.steps import say
 from launch.verify import Seal, VerifyError, seal, verify
 from launch.verify_adapters import verify_adapters
 from launch.weight_checks import require_tensors
 from models.kv_policies import build_policy
-from models.wan_config import Geometry, native_config
+from models.wan_config import TEXT_LEN, Geometry, native_config
 from train.versions import code_version, package_version
 
 CARD = "README.md"
-VERSION = 1
-"""Of `PUBLISHED`."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PACKAGES = ("pafukv", "torch", "safetensors", "diffusers")
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -77,8 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--verify",
         action="store_true",
         help="read the result back with diffusers' transformer and compare bits and outputs with "
-        "ours; needs memory for the transformer once in float32 (5.7 GB at 1.3B, 57 GB at 14B): "
-        "both implementations compute with the same tensors",
+        "ours; needs memory for the transformer once in float32 (5.7 GB at 1.3B, 57 GB at 14B), as "
+        "both implementations compute with the same tensors; for an adapter twice",
     )
 
 
@@ -130,8 +127,7 @@ def publish(
         UserError: If the source or the folder does not fit, the disk is full, or what was written
             differs; nothing is left behind.
     """
-    if os.path.lexists(dst):
-        raise ExportError(f"DST {str(dst)!r} must not exist yet; choose another folder")
+    require_absent(dst)
     layout = ADAPTER_LAYOUTS[form] if form in ADAPTER_LAYOUTS else LAYOUTS[form]
     origin = open_origin(source, weights=weights)
     if origin.manifest["role"] not in layout.roles:
@@ -140,7 +136,7 @@ def publish(
             f"{origin.manifest['role']} in {str(source)!r}; choose another format"
         )
     geometry = _geometry(origin, source)
-    with _new_folder(dst) as part:
+    with _flushed_folder(dst) as part:
         if isinstance(layout, AdapterLayout):
             seals = _write_adapters(part, origin, layout, dtype=dtype, source=source)
             merged = origin.read(origin.sets[0], None) if is_verified else {}
@@ -192,7 +188,8 @@ def _write_weights(
             safetensors.torch.save_file(tensors, parked[-1])
             tensors = safetensors.torch.load_file(parked[-1])
         weights[kind] = tensors
-    layout.write(part, geometry, weights)
+    text = origin.manifest["config"].get("text", {})
+    layout.write(part, geometry, weights, text.get("length", TEXT_LEN))
     for path in parked:
         path.unlink()
     return seals
@@ -261,32 +258,25 @@ def _describe(
 
 
 @contextmanager
-def _new_folder(dst: Path) -> Iterator[Path]:
-    """A folder to fill, which then gets the name `dst`; after an error nothing of it stays.
+def _flushed_folder(dst: Path) -> Iterator[Path]:
+    """As `launch.export.new_folder`, for any files, readable as the user's others are.
 
     Raises:
         ExportError: If it cannot be written.
     """
-    part = dst.with_name(f"{dst.name}.part")
     try:
-        if part.exists():  # left by a process that was killed
-            shutil.rmtree(part)
-        part.mkdir(parents=True)
-        yield part
-        for path in [*part.rglob("*"), part]:
-            if path.is_file():
-                path.chmod((part / CARD).stat().st_mode)  # safetensors gives its files to us alone
-            sync(path)
-        part.rename(dst)
-        sync(dst.parent)
+        with new_folder(dst) as part:
+            yield part
+            for path in part.rglob("*"):
+                if path.is_file():
+                    path.chmod((part / CARD).stat().st_mode)  # safetensors' are for us alone
+                sync(path)
     except (OSError, SafetensorError) as error:
         reason, advice = _explain(error)
         raise ExportError(
             f"DST {str(dst)!r} must be writable, found {reason}; {advice} and run the same command "
             "again"
         ) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _explain(error: OSError | SafetensorError) -> tuple[str, str]:

@@ -32,13 +32,14 @@ cd {folder} || exit 1
 export MASTER_PORT=$(({first_port} + SLURM_JOB_ID % {num_ports}))
 
 tasks=""
+missed=""
 was_notified=no
 was_woken=no
 
 pass_on() {{
   was_woken=yes
   was_notified=yes
-  if [ -n "$tasks" ]; then kill -s "$1" "$tasks" 2>/dev/null; fi
+  if [ -n "$tasks" ]; then kill -s "$1" "$tasks" 2>/dev/null; else missed="$1"; fi
 }}
 trap 'pass_on USR1' USR1
 trap 'pass_on TERM' TERM
@@ -50,6 +51,8 @@ is_cancelled() {{ scontrol show job "$SLURM_JOB_ID" | grep -q JobState=CANCELLED
 srun --nodes={nodes} --ntasks-per-node={devices} --cpus-per-task={cpus} --kill-on-bad-exit=1 \\
   {command} &
 tasks=$!
+# What came while the tasks were started and had no name yet.
+if [ -n "$missed" ]; then pass_on "$missed"; fi
 
 # A signal ends `wait` early; then the tasks are still at work.
 while :; do

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pickle
+import struct
 import sys
 import zipfile
 from collections.abc import Sequence
@@ -21,6 +22,13 @@ SAFETENSORS, TORCH, PICKLE = "safetensors", "torch", "pickle"
 INDEX = ".safetensors.index.json"
 """How the file ends that says which shard holds which tensor."""
 _CHUNK = 1 << 24
+_DAMAGED_ARCHIVE = (RuntimeError, OSError, EOFError, zipfile.BadZipFile)
+_DAMAGED_PICKLE = (
+    *(ValueError, TypeError, AttributeError, KeyError, IndexError),
+    *(AssertionError, struct.error, OverflowError, MemoryError),
+)
+"""How torch.load fails if single bytes of an archive's list of tensors are others: opcodes act on
+what is not there, names are no text, tensors are rebuilt from something else."""
 
 
 class WeightsError(UserError):
@@ -123,12 +131,12 @@ def read_torch(path: Path) -> dict[str, Any]:
         reason = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
         raise WeightsError(
             f"{str(path)!r} must hold tensors alone, found something that only code could bring "
-            f"back, which is not run ({reason.splitlines()[0]}); save its tensors alone"
+            f"back, which is not run ({_first_line(reason)}); save its tensors alone"
         ) from None
-    except (RuntimeError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except (*_DAMAGED_ARCHIVE, *_DAMAGED_PICKLE) as error:
         raise WeightsError(
             f"{str(path)!r} must be a whole file of torch.save, found: "
-            f"{str(error).splitlines()[0]}; download or write it again"
+            f"{type(error).__name__} {_first_line(str(error))}; download or write it again"
         ) from error
     if not isinstance(content, dict):
         raise WeightsError(
@@ -136,6 +144,11 @@ def read_torch(path: Path) -> dict[str, Any]:
             "save a state dict"
         )
     return content
+
+
+def _first_line(text: str) -> str:
+    """Of a message of torch, which may be a page long or empty."""
+    return text.strip().partition("\n")[0]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -146,7 +159,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(
             f"{str(path)!r} must be readable JSON, found: {error}; download it again"
         ) from error

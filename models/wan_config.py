@@ -1,9 +1,10 @@
 """What `config.json` says of a Wan2.1 transformer, in Wan's own words and in those of diffusers."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 HEAD_DIM = 128
 """Of every published Wan2.1; weights do not show it."""
@@ -13,6 +14,9 @@ TEXT_LEN = 512
 """Rows that every caption is padded to."""
 _TEXT_DIM, _PATCH_SIZE = 4096, (1, 2, 2)
 """What native configs leave out, because every published one has it."""
+
+_BLOCK = re.compile(r"blocks\.(0|[1-9][0-9]{0,8})\..+")
+_REPAIR = "repair the config, or take it from where the weights come from"
 
 _NATIVE = {
     "ffn_dim": "ffn_dim",
@@ -107,7 +111,7 @@ def read_native_config(config: Mapping[str, Any]) -> Geometry:
     """Geometry of a native `config.json`.
 
     Raises:
-        ValueError: If a key is missing, or it is another kind of model.
+        ValueError: If a key is missing or no size, or it is another kind of model.
     """
     kind = config.get("model_type", "t2v")
     if kind != "t2v":
@@ -123,7 +127,7 @@ def read_native_config(config: Mapping[str, Any]) -> Geometry:
     return Geometry(
         **sizes,
         head_dim=width // num_heads,
-        text_dim=config.get("text_dim", _TEXT_DIM),
+        text_dim=_size("text_dim", config.get("text_dim", _TEXT_DIM)),
         patch_size=_patch(config.get("patch_size", _PATCH_SIZE)),
     )
 
@@ -132,7 +136,7 @@ def read_diffusers_config(config: Mapping[str, Any]) -> Geometry:
     """Geometry of diffusers' `config.json`.
 
     Raises:
-        ValueError: If a key is missing, or it is another kind of model.
+        ValueError: If a key is missing or no size, or it is another kind of model.
     """
     kind = config.get("_class_name", "WanTransformer3DModel")
     if kind != "WanTransformer3DModel":
@@ -164,27 +168,26 @@ def geometry_of_shapes(
 
     Raises:
         ValueError: If a tensor that shows a size is missing or has another number of axes, or the
-            width is no multiple of the heads.
+            width is no multiple of the heads, or the numbers of the blocks have gaps.
     """
     patch = _shape(shapes, "patch_embedding.weight", 5)
-    width = patch[0]
+    width, size = patch[0], _patch(tuple(patch[2:]))
     heads = num_heads or width // HEAD_DIM
     if not heads or width % heads:
         raise ValueError(
             f"the width of a token, {width}, must be a multiple of the number of heads, found "
             f"{num_heads or f'heads of {HEAD_DIM} channels'}; name the number of heads"
         )
-    layers = {int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")}
     return Geometry(
-        num_layers=max(layers) + 1 if layers else 0,
+        num_layers=_num_layers(shapes),
         num_heads=heads,
         head_dim=width // heads,
         ffn_dim=_shape(shapes, "blocks.0.ffn.0.weight", 2)[0],
         freq_dim=_shape(shapes, "time_embedding.0.weight", 2)[1],
         text_dim=_shape(shapes, "text_embedding.0.weight", 2)[1],
         in_channels=patch[1],
-        out_channels=_shape(shapes, "head.head.weight", 2)[0] // math.prod(patch[2:]),
-        patch_size=_patch(patch[2:]),
+        out_channels=_shape(shapes, "head.head.weight", 2)[0] // math.prod(size),
+        patch_size=size,
         eps=eps,
     )
 
@@ -201,18 +204,55 @@ def _renamed(config: Mapping[str, Any], words: Mapping[str, str]) -> dict[str, A
     missing = [key for key in words if key not in config]
     if missing:
         raise ValueError(f"{', '.join(missing)} must be there, found {sorted(config)[:12]}")
-    return {ours: config[theirs] for theirs, ours in words.items()}
+    return {
+        ours: _eps(config[theirs]) if ours == "eps" else _size(theirs, config[theirs])
+        for theirs, ours in words.items()
+    }
 
 
-def _patch(values: Sequence[int]) -> tuple[int, int, int]:
-    if len(values) != 3:
-        raise ValueError(f"patch_size must be [time, height, width], found {list(values)}")
+def _size(key: str, value: object) -> int:
+    if not _is_size(value):
+        raise ValueError(f"{key} must be a whole number above 0, found {value!r}; {_REPAIR}")
+    return cast(int, value)
+
+
+def _eps(value: object) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < cast(float, value) < math.inf:
+        raise ValueError(f"eps must be a number above 0, found {value!r}; {_REPAIR}")
+    return cast(float, value)
+
+
+def _patch(values: object) -> tuple[int, int, int]:
+    if not isinstance(values, list | tuple) or len(values) != 3 or not all(map(_is_size, values)):
+        raise ValueError(
+            f"patch_size must be [time, height, width], whole numbers above 0, found {values!r}; "
+            f"{_REPAIR}"
+        )
     return values[0], values[1], values[2]
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _shape(shapes: Mapping[str, Sequence[int]], name: str, axes: int) -> Sequence[int]:
     shape = shapes.get(name, ())
-    if len(shape) != axes:
+    if len(shape) != axes or 0 in shape:
         found = list(shape) if name in shapes else "no such tensor"
-        raise ValueError(f"{name} must have {axes} axes, found {found}; take a whole checkpoint")
+        raise ValueError(
+            f"{name} must have {axes} axes, none of them empty, found {found}; take a whole "
+            "checkpoint"
+        )
     return shape
+
+
+def _num_layers(shapes: Mapping[str, Sequence[int]]) -> int:
+    """How many blocks there are; names whose number is none do not count."""
+    numbers = {int(found[1]) for found in map(_BLOCK.fullmatch, shapes) if found}
+    if numbers and max(numbers) >= len(numbers):
+        raise ValueError(
+            f"blocks must be numbered from 0 without gaps, found {len(numbers)} of them and "
+            f"blocks.{max(numbers)}; take a whole checkpoint"
+        )
+    return len(numbers)

@@ -1,5 +1,8 @@
-"""A small student and a small teacher as stages export them."""
+"""A small student and a small teacher as stages export them, and a disk that is too small."""
 
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -77,3 +80,14 @@ def write_teacher(folder: Path, **changes: Any) -> Path:
     weights = {"transformer": random_transformer(patch_size=(1, 2, 2)).state_dict()}
     write_export(folder / "export", weights=weights, manifest=manifest("teacher", **changes))
     return folder
+
+
+@contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """No file may become larger, as on a disk that is full; this process only."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

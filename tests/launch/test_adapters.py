@@ -21,6 +21,7 @@ from launch.publish import PUBLISHED
 from launch.student import transformer_from_config
 from models.wan_config import Geometry, diffusers_config
 from models.wan_names import diffusers_name
+from tests.launch.exported import files_up_to
 from train.lora import adapter_tensors, add_adapter, base_tensors, merge_into
 
 SIZES = {"num_layers": 2, "num_heads": 2, "head_dim": 12, "ffn_dim": 40, "freq_dim": 16}
@@ -167,6 +168,15 @@ def exported(tmp_path):
 
 def export(source, dst, form, *more):
     return main(["export", str(source), str(dst), "--format", form, *more])
+
+
+@pytest.mark.parametrize("form", ADAPTER_LAYOUTS)
+def test_a_full_disk_is_named_and_leaves_nothing(exported, tmp_path, capsys, form):
+    before = sorted(tmp_path.iterdir())
+    with files_up_to(4096):
+        assert export(exported, tmp_path / "dst", form) == 2
+    assert "File too large; free some space" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize("form", ADAPTER_LAYOUTS)

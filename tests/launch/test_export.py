@@ -17,6 +17,7 @@ from launch.export import (
     load_export,
     load_weights,
     map_weights,
+    require_absent,
     write_export,
 )
 from train.memory import settle
@@ -160,9 +161,26 @@ def test_mapped_weights_lie_in_the_file_until_they_are_settled(tmp_path):
 
 
 def test_a_second_export_replaces_the_first(written):
-    write_export(written, weights={"head": {"w": torch.ones(3)}}, manifest=MANIFEST)
+    head = {"head": {"w": torch.ones(3)}}
+    with pytest.raises(ExportError, match="must be writable, found File exists"):
+        write_export(written, weights=head, manifest=MANIFEST)
+    assert "transformer" in load_export(written).weights
+    write_export(written, weights=head, manifest=MANIFEST, replaces=True)
     assert sorted(path.name for path in written.iterdir()) == ["head.safetensors", "manifest.json"]
     assert sorted(path.name for path in written.parent.iterdir()) == ["export"]
+
+
+def test_what_is_no_export_is_never_deleted(tmp_path):
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "thesis").write_text("ten years")
+    weights = {"head": {"w": torch.ones(3)}}
+    for path in (tmp_path / "inner", tmp_path / "inner" / "new" / ".."):
+        for replaces in (False, True):
+            with pytest.raises(ExportError, match="must be writable, found File exists"):
+                write_export(path, weights=weights, manifest=MANIFEST, replaces=replaces)
+        with pytest.raises(ExportError, match="must not exist yet"):
+            require_absent(path)
+    assert [path.name for path in tmp_path.rglob("*")] == ["inner", "thesis"]
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):

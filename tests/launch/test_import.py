@@ -287,5 +287,9 @@ def test_what_is_no_text_to_video_transformer_is_called_by_its_name(tmp_path, ca
 def test_dst_is_never_overwritten(tmp_path, capsys):
     source = write_native(tmp_path / "wan", random_weights())
     assert bring(source, tmp_path / "in", "--role", "teacher") == 0
+    (tmp_path / "in" / "thesis").write_text("ten years")
     message = refused(capsys, source, tmp_path / "in", "--role", "teacher")
     assert "must not exist yet" in message
+    assert bring(source, tmp_path / "in" / "new" / "..", "--role", "teacher") == 2
+    assert "must not exist yet" in capsys.readouterr().err
+    assert (tmp_path / "in" / "thesis").exists()

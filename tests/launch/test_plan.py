@@ -9,9 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from configs.errors import UserError
 from configs.load import load_config
+from launch.build import network_config
+from launch.export import write_export
 from launch.lock import PlanError, hold_lock, wait_for_leader
 from launch.plan import plan_steps, run, run_one
 from launch.steps import (
@@ -336,6 +339,21 @@ def test_a_plan_that_cannot_work_starts_nothing(tmp_path, overrides, message):
     assert [path.name for path in (tmp_path / "tiny").iterdir()] == [".lock"]
 
 
+def test_an_input_that_cannot_work_is_found_before_anything_runs(tmp_path):
+    config = tiny(tmp_path)
+    model = network_config(config)["model"]
+    for role, sizes, message in (
+        ("student", model, "must be a teacher, found a student"),
+        ("teacher", model | {"num_layers": 7}, r"differs in model\.num_layers"),
+    ):
+        folder = tmp_path / "elsewhere" / role
+        manifest = {"role": role, "stage": role, "config": {"model": sizes}}
+        write_export(folder, weights={}, manifest=manifest)
+        with pytest.raises(UserError, match=message):
+            run(tiny(tmp_path, f"stages.salience.inputs.teacher={folder}"))
+    assert [path.name for path in (tmp_path / "tiny").iterdir()] == [".lock"]
+
+
 def test_videos_are_known_by_list_caption_and_size(tmp_path):
     videos = tmp_path / "videos"
     videos.mkdir()
@@ -382,14 +400,12 @@ def test_a_package_that_is_not_installed_is_named(tmp_path):
 
 
 def test_an_external_input_counts_by_its_content(tmp_path):
-    import torch
-
-    from launch.export import write_export
-
     def key(value: float) -> str:
         folder = tmp_path / "elsewhere" / "teacher"
         manifest = {"role": "teacher", "stage": "teacher"}
-        write_export(folder, weights={"t": {"w": torch.full((2,), value)}}, manifest=manifest)
+        write_export(
+            folder, weights={"t": {"w": torch.full((2,), value)}}, manifest=manifest, replaces=True
+        )
         config = tiny(tmp_path, f"stages.causal.inputs.teacher={folder}")
         return step_keys(plan_steps(config))["causal"]
 
@@ -446,7 +462,9 @@ def test_a_child_of_lightning_ends_soon_after_its_parent(tmp_path):
     child = """if True:
         import sys
         from pathlib import Path
-        from launch.lock import PlanError, wait_for_leader
+        from launch.build import network_config
+from launch.export import write_export
+from launch.lock import PlanError, wait_for_leader
         out = Path(sys.argv[1])
         def is_ready(_):
             (out / "waiting").touch()

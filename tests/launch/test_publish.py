@@ -1,9 +1,6 @@
 """What `export` writes for other programs, and that nothing wrong or half-written ever appears."""
 
 import json
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +15,7 @@ from launch.export import ExportError
 from launch.layouts import LAYOUTS
 from launch.publish import publish as export
 from models.wan_names import diffusers_name, native_name, native_names
-from tests.launch.exported import MODEL, POLICY, head, write_student, write_teacher
+from tests.launch.exported import MODEL, POLICY, files_up_to, head, write_student, write_teacher
 from tests.models.small import random_transformer
 
 FORMS = tuple(LAYOUTS)
@@ -213,22 +210,11 @@ def test_files_that_say_something_else_fail_and_leave_nothing(
     assert_nothing_at(dst)
 
 
-@contextmanager
-def files_up_to(size: int) -> Iterator[None]:
-    """No file may become larger, as on a disk that is full; this process only."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
 def test_a_disk_that_is_full_amid_a_tensor_is_what_torch_says_then(tmp_path):
     write = LAYOUTS["self-forcing"].write
     weights = {"x": torch.zeros(1 << 18)}  # 1 MB
     with files_up_to(300_000), pytest.raises(OSError, match="File too large"):
-        write(tmp_path, None, {"raw": weights})
+        write(tmp_path, None, {"raw": weights}, 512)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -248,19 +234,20 @@ def test_a_place_that_cannot_be_written_is_named(student, tmp_path):
 
 def test_what_is_there_stays(student, tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    for name in ("run", "link"):
+    for name in ("run", "link", "run/new/.."):
         with pytest.raises(ExportError, match="must not exist yet"):
             export(student, tmp_path / name, form="safetensors")
     assert (student / "export" / "manifest.json").is_file()
 
 
 def test_what_a_killed_export_left_is_in_nobodys_way(student, dst):
-    left = dst.with_name("weights.part")
-    left.mkdir(parents=True)
-    (left / "junk").write_text("")
+    others = [dst.with_name(name) for name in ("weights.part", ".weights.0123.part")]
+    for left in others:
+        left.mkdir(parents=True)
+        (left / "junk").write_text("")
     export(student, dst, form="safetensors")
     assert not (dst / "junk").exists()
-    assert not left.exists()
+    assert all((left / "junk").exists() for left in others)
 
 
 def test_a_network_that_wan_cannot_compute_is_refused(tmp_path, dst):

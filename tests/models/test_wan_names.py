@@ -1,6 +1,7 @@
 """Names and configs of Wan checkpoints against the networks that have them."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -146,6 +147,48 @@ def test_an_image_to_video_model_is_called_so(alien):
 def test_a_config_of_something_else_is_refused(read, config, message):
     with pytest.raises(ValueError, match=message):
         read(config)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("dim", value) for value in ("128", 128.0, 0, -128, True, None, [128])),
+        *(("num_heads", 0), ("num_layers", -2), ("text_dim", "8"), ("in_dim", False)),
+        *(("patch_size", value) for value in (2, "122", [1, 2], [1, 2, 0], [1, 2.0, 2], None)),
+        *(("eps", value) for value in ("1e-6", 0, -1e-6, True, float("nan"), float("inf"))),
+    ],
+)
+def test_a_size_that_is_none_is_named_with_what_was_found(key, value):
+    found = f"{key} must be .*, found {re.escape(repr(value))}; repair the config"
+    with pytest.raises(ValueError, match=found):
+        read_native_config(native_config(SMALL) | {key: value})
+    theirs = {"dim": "attention_head_dim", "num_heads": "num_attention_heads"}
+    key = (theirs | {"in_dim": "in_channels"}).get(key, key)
+    found = f"{key} must be .*, found {re.escape(repr(value))}; repair the config"
+    with pytest.raises(ValueError, match=found):
+        read_diffusers_config(diffusers_config(SMALL) | {key: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("blocks.3.foo", (1,), None),
+        ("blocks.x.foo", (1,), None),
+        ("blocks.0012.foo", (1,), None),
+        (f"blocks.{'9' * 5000}.foo", (1,), None),
+        ("blocks.5.foo", (1,), "without gaps, found 4 of them and blocks.5"),
+        ("blocks.999999.foo", (1,), "without gaps, found 4 of them and blocks.999999"),
+        ("patch_embedding.weight", (16, 4, 1, 0, 2), "none of them empty"),
+    ],
+)
+def test_names_of_no_block_do_not_count_and_gaps_are_refused(name, shape, message):
+    changed = shapes(on_meta(SMALL)) | {name: shape}
+    if message is None:
+        layers = 4 if name == "blocks.3.foo" else 3
+        assert geometry_of_shapes(changed, num_heads=2).num_layers == layers
+    else:
+        with pytest.raises(ValueError, match=message):
+            geometry_of_shapes(changed, num_heads=2)
 
 
 def test_a_rotation_that_wan_does_not_have_cannot_be_written():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 150
+SECONDS = 240
 
 
 def free_port() -> int:

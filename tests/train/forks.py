@@ -22,7 +22,7 @@ from tests.launch import held
 from tests.train import exact, toy
 from tests.train.conftest import ROOT, free_port
 
-LIMIT = 60
+LIMIT = 150
 """Seconds of a wave, after which what still runs is killed."""
 
 

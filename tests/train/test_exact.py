@@ -51,7 +51,7 @@ def run_cases(run_program, folder, cases: list[dict]) -> dict[str, dict]:
         words += ["--then", folder / f"{name_of(case)}.safetensors"]
         for key, value in case.items():
             words += [f"--{key}"] if value is True else [f"--{key}", value]
-    seconds = 30 + 30 * len(cases)  # ZeRO-3 on a busy CPU
+    seconds = 30 + 60 * len(cases)  # ZeRO-3 on a busy CPU
     assert run_program("tests.train.exact", *words[1:], ranks=2, seconds=seconds) == [0, 0]
     return {name_of(case): load_file(folder / f"{name_of(case)}.safetensors") for case in cases}
 

@@ -90,6 +90,7 @@ def test_counting_changes_no_bit_of_a_training_and_happens_once_per_kind(tmp_pat
     student_forward = critic_forward = 2 * layer
     critic = student_forward + critic_forward + 3 * layer
     student = student_forward + critic_forward + 2 * layer + 3 * layer  # judged by two networks
+    student += 2 * student_forward  # and looked at before and after
     found = {key: value for key, value in counted.counters.items() if key.startswith("flops/")}
     assert found == {f"flops/both/{size}": student + critic, f"flops/critic/{size}": critic}
     expected = [student + critic, critic, student + critic, critic, student + critic]
@@ -130,7 +131,7 @@ def test_parts_of_a_step_add_up_to_its_time(tmp_path, monkeypatch):
     assert all(seconds > 0 for seconds in parts.values())
     assert parts["score"] > 0.02
     assert 0.02 < parts["data"] <= row["speed/wait_seconds"]
-    assert 0.01 < parts["rollout"] < 0.015
+    assert 0.01 < parts["rollout"] < 0.03  # with what is scored it would be more
     assert row["speed/samples_per_second"] == pytest.approx(4 / whole)
     assert row["speed/frames_per_second"] == row["speed/tokens_per_second"]  # one of one token
     assert row["memory/resident_gb"] > 0.05
