@@ -143,7 +143,7 @@ def test_two_ranks_run_dry_whoever_starts_them(tiny, tmp_path, launcher):
     leave_killed_dry_run(run)
     words = [*tiny, "--stage", "teacher", "--dry-run", *SMALL]
     words += ["trainer.devices=2", "trainer.strategy=ddp"]
-    command = ["timeout", "-k", "10", "100", *launcher, "-m", "launch", "fit", *words]
+    command = ["timeout", "-k", "10", "250", *launcher, "-m", "launch", "fit", *words]
     done = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True)
     assert done.stdout.count("dry run: everything works; nothing of it is left") == 1
     assert tree(run) == before

@@ -110,7 +110,7 @@ def test_two_ranks_carry_out_the_whole_plan_and_only_one_writes_records(tmp_path
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command = [*torchrun, "--nproc-per-node=2", "-m", "launch", "run", TINY, *overrides]
     # A rank that waits for ever must end the test: torchrun stops its children on SIGTERM.
-    guarded = ["timeout", "-k", "10", "280", *command]
+    guarded = ["timeout", "-k", "10", "580", *command]
     done = subprocess.run(guarded, cwd=ROOT, check=True, capture_output=True, text=True)
     assert done.stdout.count("step 4/11 teacher: running") == 1
     assert done.stdout.count("all 11 steps complete") == 1

@@ -104,7 +104,7 @@ def test_the_record_is_written_also_where_ranks_have_loaders_and_a_parent(tmp_pa
         monkeypatch.delenv(name, raising=False)
     words = ["--strategy", "ddp", "--devices", "2", "--event", "nan:2", "--workers", "1"]
     command = [sys.executable, "-m", "tests.train.toy", str(tmp_path), *words]
-    guarded = ["timeout", "-k", "5", "100", *command]
+    guarded = ["timeout", "-k", "5", "200", *command]
     own = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(guarded, env=own, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
