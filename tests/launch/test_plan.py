@@ -462,9 +462,7 @@ def test_a_child_of_lightning_ends_soon_after_its_parent(tmp_path):
     child = """if True:
         import sys
         from pathlib import Path
-        from launch.build import network_config
-from launch.export import write_export
-from launch.lock import PlanError, wait_for_leader
+        from launch.lock import PlanError, wait_for_leader
         out = Path(sys.argv[1])
         def is_ready(_):
             (out / "waiting").touch()
