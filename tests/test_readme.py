@@ -55,7 +55,7 @@ def write_published(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 def test_every_command_works(tmp_path):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -74,7 +74,7 @@ AT_WORK = {
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)
 def test_a_kill_in_every_step_changes_no_bit_of_the_result(tmp_path):
     subprocess.run(run_tiny(tmp_path / "whole"), cwd=ROOT, check=True, timeout=200)
     command, run = run_tiny(tmp_path / "killed"), tmp_path / "killed" / "tiny"
@@ -103,7 +103,7 @@ def test_a_kill_in_every_step_changes_no_bit_of_the_result(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)
 def test_two_ranks_carry_out_the_whole_plan_and_only_one_writes_records(tmp_path):
     overrides = [f"runs_dir={tmp_path}", "evaluate.stages=[]", "trainer.strategy=deepspeed"]
     overrides += ["trainer.devices=2", "trainer.accelerator=cpu"]
