@@ -59,7 +59,7 @@ def test_the_record_of_a_stage_adds_up_and_nothing_else_is_left(tmp_path, capsys
 
 
 @pytest.mark.usefixtures("threads")
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(300)
 def test_two_ranks_are_compared_with_one(tmp_path):
     out = tmp_path / "train.json"
     command = [*WORDS, "--stage", "teacher", "--steps", "2", "--warmup", "1", "--ranks", "1,2"]

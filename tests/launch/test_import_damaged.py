@@ -136,7 +136,7 @@ def test_a_tensor_that_is_no_array_of_values_is_listed(kind, tmp_path, capsys):
         ("blocks.999999.foo", "found 3 of them and blocks.999999"),
     ],
 )
-@pytest.mark.timeout(30)
+@pytest.mark.timeout(120)
 def test_an_odd_number_of_a_block_is_named(name, message, tmp_path, capsys):
     weights = random_weights() | {name: torch.ones(2)}
     source = write_self_forcing(tmp_path / "m.pt", raw=weights)

@@ -236,7 +236,7 @@ SLOW = pytest.mark.slow
     "event",
     ["stop:3:1", pytest.param("stop:3:0", marks=SLOW), pytest.param("raise:3:1", marks=SLOW)],
 )
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_lightnings_own_children_leave_no_process_behind(tmp_path, event):
     folder = tmp_path / "run"
     words = ["--strategy", "deepspeed", "--devices", "2", "--silence_seconds", str(SILENCE)]
@@ -245,7 +245,7 @@ def test_lightnings_own_children_leave_no_process_behind(tmp_path, event):
     environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, env=environ, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     try:
-        err = process.communicate(timeout=90)[1]
+        err = process.communicate(timeout=200)[1]
     finally:
         left = processes_of(folder)
         for pid in left:
