@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from configs.errors import UserError
 from data.codec import build_codec, codec_identity
-from data.pretrained import PretrainedError
+from data.pretrained import NUM_SAMPLES, SAMPLE_BYTES, PretrainedError, fingerprint
 from data.video import read_chunks, read_video, to_values
 from launch.benchmark import peak_allocated
 from tests.data.wan_parts import wan_codec, write_vae
@@ -177,8 +177,25 @@ def test_what_latents_depend_on_is_the_files_and_not_where_they_lie(copy, folder
     shutil.move(copy, tmp_path / "elsewhere")
     assert codec_identity(wan_codec(tmp_path / "elsewhere" / "vae")) == before
     weights = tmp_path / "elsewhere/vae/diffusion_pytorch_model.safetensors"
-    weights.write_bytes(weights.read_bytes())
+    content = bytearray(weights.read_bytes())
+    weights.write_bytes(content)  # a copy, of another date
+    assert codec_identity(wan_codec(tmp_path / "elsewhere")) == before
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
     assert codec_identity(wan_codec(tmp_path / "elsewhere")) != before
+
+
+def test_weights_of_any_size_are_known_by_samples_of_all_of_them(tmp_path):
+    size = 3 * NUM_SAMPLES * SAMPLE_BYTES
+    middle = (size - SAMPLE_BYTES) * 31 // (NUM_SAMPLES - 1)  # where sample 31 begins
+    seen = set()
+    for changed in ([], [0], [middle], [size - 1]):
+        content = bytearray(size)
+        for place in changed:
+            content[place] = 1
+        (tmp_path / "a.safetensors").write_bytes(content)
+        seen.add(json.dumps(fingerprint(tmp_path)))
+    assert len(seen) == 4
 
 
 def other_class(folder):
