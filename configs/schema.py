@@ -138,6 +138,9 @@ class TextConfig:
     with zeros. 512 for Wan2.1."""
     precision: str = "fp32"
     """Of the network of `umt5`; vectors are float32 in any case."""
+    negative: str = ""
+    """Prompt that guidance leads away from, where a stage has `params.guidance_scale`; encoded as
+    captions are. Empty: no prompt, for `hashed` a caption of zeros."""
 
     def __post_init__(self) -> None:
         require_choice("text.name", self.name, ("hashed", "umt5"))
@@ -311,6 +314,11 @@ class StageConfig:
         for name in ("micro_batch", "keep_every", "sample_every"):
             value = getattr(self, name)
             require(value >= 0, f"stages.*.{name} must not be negative, found {value}")
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether the teacher's estimate is led away from `text.negative`."""
+        return bool(self.params.get("guidance_scale", 1) != 1)
 
 
 @dataclass

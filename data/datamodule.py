@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -109,17 +109,30 @@ def read_sample(shards: ShardSet, index: int) -> Sample:
     members = shards.read(index)
     try:
         latents = load(members["latents.safetensors"])["latents"].float()
-        words = load(members["text.safetensors"])["text"].float()
+        text = padded_text(shards, members)
         meta: dict[str, Any] = json.loads(members["json"])
-        sizes = shards.properties["text"]
     except (KeyError, ValueError, SafetensorError) as error:
         raise BadSample(
             f"{shards.root}::{key} must be an encoded clip, reading it found: {error}; "
             f"give the folder that `encode` wrote"
         ) from error
+    return Sample(key=key, latents=latents, text=text, meta=meta)
+
+
+def padded_text(shards: ShardSet, members: Mapping[str, bytes]) -> Tensor:
+    """The text vectors in a sample's `text.safetensors`, padded with zeros.
+
+    Args:
+        shards: Where the sample is from; its properties say how long texts are.
+        members: Of the sample.
+
+    Returns:
+        float32 [T, E]
+    """
+    words, sizes = load(members["text.safetensors"])["text"].float(), shards.properties["text"]
     text = torch.zeros(sizes["length"], sizes["dim"])
     text[: len(words)] = words
-    return Sample(key=key, latents=latents, text=text, meta=meta)
+    return text
 
 
 def require_frames(shards: ShardSet, frames: int) -> None:

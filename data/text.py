@@ -103,10 +103,11 @@ def build_text(config: TextConfig, device: torch.device | str = "cpu") -> TextEn
 
 
 def text_identity(config: TextConfig) -> dict[str, Any]:
-    """All that text vectors depend on: the settings, and which files the weights are.
+    """All that vectors of a text depend on: the settings, and which files the weights are.
 
     Raises:
         UserError: If there are no weights where the config says.
     """
-    settings = {key: value for key, value in asdict(config).items() if key != "path"}
+    others = ("path", "negative")
+    settings = {key: value for key, value in asdict(config).items() if key not in others}
     return settings | ({"files": text_files(config)} if config.name == "umt5" else {})
