@@ -14,10 +14,11 @@ from configs.load import config_hash, parse_section, to_dict
 from configs.schema import LoraConfig, RunConfig, StageConfig
 from data.codec import build_codec
 from data.datamodule import LatentDataModule
+from data.negative import read_negative
 from data.shards import ShardSet
 from data.targets import STORED, TargetSet, TargetSource
 from launch.export import ADAPTERS, Export, load_export, map_weights, open_export, write_export
-from launch.plan import data_folder, run_folder, targets_folder
+from launch.plan import data_folder, negative_folder, run_folder, targets_folder
 from launch.student import head_from_config, transformer_from_config
 from models.transformer import VideoTransformer
 from train.causal import Causal
@@ -258,6 +259,7 @@ def new_stage(
     *,
     frozen: Iterable[str],
     is_fresh: bool = False,
+    negative_text: Tensor | None = None,
 ) -> Stage:
     """A stage with its trainable networks and those of its frozen ones that are named.
 
@@ -267,6 +269,7 @@ def new_stage(
         exports: Its inputs by role.
         frozen: Names of frozen networks.
         is_fresh: Whether all networks get fresh weights and no input is needed.
+        negative_text: What the guidance of a stage that trains leads away from.  [T, E]
     """
     settings = config.stages[stage_name]
     cls = stage_type(settings.kind)
@@ -297,6 +300,7 @@ def new_stage(
         params=parse_section(cls.params_type, settings.params, key=f"stages.{stage_name}.params"),
         frames_per_block=config.model.frames_per_block,
         frame_seq_len=grid[0] * grid[1],
+        negative_text=negative_text,
     )
 
 
@@ -309,7 +313,11 @@ def build_stage(config: RunConfig, stage_name: str) -> tuple[Stage, LatentDataMo
     settings = config.stages[stage_name]
     exports = load_inputs(config, stage_name)
     frozen = stage_type(settings.kind).frozen_sources
-    stage = new_stage(config, stage_name, exports, frozen=frozen)
+    negative = None
+    if settings.is_guided:
+        clips, folder = ShardSet(latents_folder(config)), negative_folder(config)
+        negative = read_negative(folder, clips=clips, negative=config.text.negative)
+    stage = new_stage(config, stage_name, exports, frozen=frozen, negative_text=negative)
     targets = None
     if isinstance(stage, SalienceStage) and stage.params.targets == STORED:
         source = target_source(config, stage, exports["teacher"])

@@ -31,7 +31,15 @@ from launch.build import (
 )
 from launch.export import load_export
 from launch.lock import hold_lock, wait_for_leader
-from launch.plan import check_run, data_steps, plan_steps, run_folder, targets_folder
+from launch.plan import (
+    NEGATIVE_STEP,
+    check_run,
+    data_steps,
+    negative_folder,
+    plan_steps,
+    run_folder,
+    targets_folder,
+)
 from launch.steps import (
     is_complete,
     is_leader,
@@ -120,6 +128,7 @@ def scratch_folder(config: RunConfig, done: Collection[str], owner: str) -> Iter
         data.mkdir(parents=True)
         linked = [targets_folder(config, name) for name in config.stages]
         linked = [folder for folder in linked if folder.name in done]
+        linked += [negative_folder(config)] if NEGATIVE_STEP in done else []
         for folder in (root / "data" / "latents", *linked):
             (data / folder.name).symlink_to(folder.resolve())
         (scratch / READY).write_text(owner)

@@ -110,11 +110,14 @@ def _parts(parts: Mapping[str, int]) -> str:
 def _summary(config: RunConfig, stages: Sequence["StageForecast"]) -> list[str]:
     per_clip = data_bytes(config)
     count = config.source.world.clips if config.source.kind == "world" else 1000
-    total = count * sum(per_clip.values())
+    is_guided = any(stage.is_guided for stage in config.stages.values())
+    once = {"text.negative": per_clip["text"]} if is_guided else {}
+    total = count * sum(per_clip.values()) + sum(once.values())
     short = [stage.name for stage in stages if not stage.fits]
     verdict = f"too large: {', '.join(short)}" if short else "every stage fits"
     return [
-        f"shards: {_parts(per_clip)} per clip at most; {size(total)} for {count} clips",
+        f"shards: {_parts(per_clip)} per clip at most; {size(total)} for {count} clips"
+        + (f", {_parts(once)} among them" if once else ""),
         f"in all: ~{sum(stage.hours for stage in stages):.1f} h; {verdict}",
     ]
 

@@ -167,7 +167,14 @@ def train_measured(config: RunConfig, stage_name: str, *, warmup: int) -> dict[s
 def _train(config: RunConfig, stage_name: str, counters: Mapping[str, int]) -> Stage:
     """The stage after a training from scratch, its steps in a `Recorder`."""
     kind = stage_type(config.stages[stage_name].kind)
-    stage = new_stage(config, stage_name, {}, frozen=kind.frozen_sources, is_fresh=True)
+    stage = new_stage(
+        config,
+        stage_name,
+        {},
+        frozen=kind.frozen_sources,
+        is_fresh=True,
+        negative_text=torch.zeros(config.text.length, config.text.dim),
+    )
     stage.counters |= counters
     stage.speed = Recorder(stage)
     if config.trainer.accelerator == "gpu":

@@ -12,6 +12,7 @@ from configs.load import config_hash, nearest, parse_section, save_config, to_di
 from configs.schema import FREE_STAGE_KEYS, RunConfig, StageConfig
 from data.codec import codec_identity
 from data.ingest import encode, ingest
+from data.negative import write_negative
 from data.targets import STORED
 from data.text import text_identity
 from launch.export import find_export, read_manifest
@@ -21,6 +22,9 @@ from launch.student import transformer_from_config
 from models.kv_policies import build_policy
 from train.lora import require_peft, target_layers
 from train.world import resolve_world
+
+NEGATIVE_STEP = "encode-negative"
+"""Encodes `text.negative`, if a stage guides; changing it encodes no clip again."""
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -64,7 +68,7 @@ def run_one(config: RunConfig, name: str, *, restart: bool = False) -> None:
 
     Args:
         config: Of the run.
-        name: Of the step.
+        name: Of the step; `encode` means both of its steps.
         restart: As in `run`.
 
     Raises:
@@ -75,7 +79,8 @@ def run_one(config: RunConfig, name: str, *, restart: bool = False) -> None:
     if name not in names:
         raise ConfigError(f"the plan has the steps {names}, found {name!r}{nearest(name, names)}")
     check = (lambda: check_run(config)) if name in config.stages else None
-    for wanted in (_target_step_name(name), name):
+    before = NEGATIVE_STEP if name == "encode" else _target_step_name(name)
+    for wanted in (before, name):
         if wanted in names:
             run_one_step(steps, wanted, root=run_folder(config), check=check, restart=restart)
 
@@ -146,6 +151,11 @@ def targets_folder(config: RunConfig, stage_name: str) -> Path:
     return data_folder(config) / _target_step_name(stage_name)
 
 
+def negative_folder(config: RunConfig) -> Path:
+    """Where the encoded `text.negative` lies, if a stage guides."""
+    return data_folder(config) / "negative"
+
+
 def _target_step_name(stage_name: str) -> str:
     return f"targets-{stage_name}"  # no stage is called so: a stage's name has no hyphen
 
@@ -165,12 +175,26 @@ def data_steps(config: RunConfig) -> list[Step]:
         videos = fingerprint(list_videos(source))
     ingested = {"videos": videos, "min_frames": _min_frames(config)} | shards
     raw = data / "raw"
-    steps.append(_data_step("ingest", raw, ingested, lambda: _ingest(config), *steps))
+    ingest_step = _data_step("ingest", raw, ingested, lambda: _ingest(config), *steps)
+    steps.append(ingest_step)
+    steps += _negative_steps(config)
     made_by = {"codec": codec_identity(config.codec), "text": text_identity(config.text)}
     encoded = made_by | cut | shards
     latents = data / "latents"
-    steps.append(_data_step("encode", latents, encoded, lambda: _encode(config), steps[-1]))
+    steps.append(_data_step("encode", latents, encoded, lambda: _encode(config), ingest_step))
     return steps
+
+
+def _negative_steps(config: RunConfig) -> list[Step]:
+    """The step that encodes the negative prompt, if a stage guides.
+
+    It comes before the clips, so that a prompt that is too long is found before they are encoded.
+    """
+    if not any(stage.is_guided for stage in config.stages.values()):
+        return []
+    settings = {"text": text_identity(config.text), "negative": config.text.negative}
+    folder = negative_folder(config)
+    return [_data_step(NEGATIVE_STEP, folder, settings, lambda: _encode_negative(config))]
 
 
 def _min_frames(config: RunConfig) -> int:
@@ -244,7 +268,8 @@ def _stage_step(config: RunConfig, name: str) -> Step:
     stage, folder = config.stages[name], run_folder(config) / name
     own = {key: value for key, value in to_dict(stage).items() if key not in FREE_STAGE_KEYS}
     external, roles = _origins(config, name)
-    targets = [step.name for step in _target_steps(config, name)]
+    read = [NEGATIVE_STEP] if stage.is_guided else []
+    read += [step.name for step in _target_steps(config, name)]
     settings = {
         "stage": own | {"inputs": external},
         "roles": roles,
@@ -259,7 +284,7 @@ def _stage_step(config: RunConfig, name: str) -> Step:
         folder=folder,
         settings=settings,
         run=lambda: _train(config, name, folder),
-        parents=("encode", *dict.fromkeys(roles.values()), *targets),
+        parents=("encode", *dict.fromkeys(roles.values()), *read),
         outputs=(folder / "export",),
         on_all_ranks=True,
         protect=lambda remade: _protect_stage(config, name, folder, remade),
@@ -305,6 +330,13 @@ def _ingest(config: RunConfig) -> None:
         samples_per_shard=config.data.samples_per_shard,
         min_frames=_min_frames(config),
     )
+
+
+def _encode_negative(config: RunConfig) -> None:
+    from train.strategy import uses_gpu
+
+    device = "cuda" if uses_gpu(config.trainer) else "cpu"
+    write_negative(negative_folder(config), text=config.text, device=device)
 
 
 def _encode(config: RunConfig) -> None:

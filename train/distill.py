@@ -41,7 +41,8 @@ class DistributionMatchingParams:
         score_range: Lowest and highest of those noise levels; draws beyond an end are moved to it.
         clean_context: Let teacher and critic see the frames that do not count without noise; for
             a teacher that was trained with clean prefixes.
-        guidance_scale: Of the teacher's estimate; 1 = off.
+        guidance_scale: Of the teacher's estimate, which is led away from `text.negative`: s in
+            unconditional + s * (conditional - unconditional); 1 = off.
         student_every: The student is updated every so many steps, the critic in every step.
         sink_frames: Frames never evicted during rollouts.
     """
@@ -142,7 +143,9 @@ class DistributionMatching(Stage):
             noisy, sigma, _ = self.noised(window.detach(), seeds, mask, "student score")
             velocity = self.frozen["teacher"](noisy, sigma, text)
             if self.params.guidance_scale != 1:
-                without = self.frozen["teacher"](noisy, sigma, torch.zeros_like(text))
+                assert self.negative_text is not None, "who builds a guided stage gives it"
+                away = self.negative_text.expand_as(text)
+                without = self.frozen["teacher"](noisy, sigma, away)
                 velocity = guided(velocity, without, self.params.guidance_scale)
             real = velocity_to_x0(velocity, noisy, sigma)
             fake = velocity_to_x0(self.engine("critic")(noisy, sigma, text), noisy, sigma)

@@ -204,6 +204,8 @@ def identity(config: RunConfig, stage_name: str, *, seed: int) -> dict[str, Any]
     sections = ("source", "codec", "text", "data", "model", "head")
     shared = {key: whole[key] for key in sections}
     del shared["data"]["workers"]  # who reads a sample does not change it
+    if not config.stages[stage_name].is_guided:
+        del shared["text"]["negative"]
     own = {"name": stage_name, "seed": seed, "stage": stage}
     return own | {"precision": whole["trainer"]["precision"]} | shared
 

@@ -65,6 +65,7 @@ class Stage(L.LightningModule):
         counters: Whole numbers that a checkpoint keeps, `updates/NETWORK` among them.
         frames_per_block: Latent frames denoised together.
         frame_seq_len: Tokens per latent frame.
+        negative_text: Vectors of `text.negative`, float32 [T, E]; None where guidance is off.
         metrics: What has been reported since the last row of metrics.
         spans: Where the time of the steps goes.
         speed: What steps cost.
@@ -94,6 +95,7 @@ class Stage(L.LightningModule):
         params: Any = None,
         frames_per_block: int = 1,
         frame_seq_len: int = 1,
+        negative_text: Tensor | None = None,
     ) -> None:
         super().__init__()
         if set(config.optimizers) != set(networks):
@@ -107,6 +109,8 @@ class Stage(L.LightningModule):
         self.params = params
         self.frames_per_block = frames_per_block
         self.frame_seq_len = frame_seq_len
+        self.negative_text: Tensor | None
+        self.register_buffer("negative_text", negative_text, persistent=False)
         self.networks = nn.ModuleDict(dict(networks))
         self.frozen = nn.ModuleDict(dict(frozen or {}))
         self.frozen.requires_grad_(False).eval()

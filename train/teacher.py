@@ -29,7 +29,8 @@ class TeacherParams:
             clean: what the causal student will see, and what teaches a small network to look
             things up far away. All other samples have one noise level per video.
         text_dropout: Share of samples whose caption is zeroed, so that guidance has an
-            unconditional estimate.
+            unconditional estimate: the empty `text.negative` of `hashed`. To `umt5` no text is
+            zeros, so its captions here teach nothing that guidance could lead away from.
         preview_steps: Sampler steps of the videos shown during training.
     """
 

@@ -74,7 +74,7 @@ ADAPTERS = {
 
 def count_steps(kind: str, steps: int, lora: LoraConfig | None = None) -> tuple[float, float]:
     """Operations of a mean step: as predicted, and as counted while small stages train."""
-    stage = build(kind, PARAMS.get(kind), steps=steps, lora=lora)
+    stage = build(kind, PARAMS.get(kind), steps=steps, lora=lora, negative_text=torch.ones(3, 8))
     config, counted = small_run(kind, stage, PARAMS.get(kind, {})), 0
     for step in range(steps):
         drawn = batch(2, 10 + 2 * step)

@@ -32,7 +32,7 @@ def batch(size: int = 2, first_seed: int = 10) -> LatentBatch:
     )
 
 
-def unbuilt(cls, params, trained, frozen=None, **changes) -> Stage:
+def unbuilt(cls, params, trained, frozen=None, negative_text=None, **changes) -> Stage:
     """A stage without engines; `changes` are fields of its config or of every optimiser."""
     if changes.get("lora") is not None:
         for number, name in enumerate(changes["lora"].networks):
@@ -51,6 +51,7 @@ def unbuilt(cls, params, trained, frozen=None, **changes) -> Stage:
         params=params,
         frames_per_block=2,
         frame_seq_len=PLACES,
+        negative_text=negative_text,
     )
 
 
