@@ -5,6 +5,7 @@ from typing import Any
 
 from launch.adapters import ADAPTER_LAYOUTS
 from launch.formats import EMA, GENERATORS, RAW
+from models.wan_config import beyond_wan
 
 _LOADING = {
     "diffusers": """```python
@@ -46,6 +47,8 @@ adapted, too, with the names that peft gives to a wrapped network. They were der
 whether LongLive's own code takes the file has not been tried. Its config must name this rank, and
 an alpha of the same size.""",
 }
+_WITH_WANS_CODE = ("safetensors", "self-forcing")
+"""Forms whose readers build the network by Wan's own class."""
 _KINDS = {EMA: "the moving average of the weights", RAW: "the weights, not averaged"}
 
 
@@ -139,6 +142,9 @@ def _loading(manifest: Mapping[str, Any]) -> str:
         kind = manifest["sets"][0]
         key, flag = GENERATORS[kind], ", with `--use_ema`" if kind == EMA else ""
         text = text.replace("{key}", key).replace("{flag}", flag)
+    misfit = not_for_wan(manifest)
+    if misfit is not None:
+        text = f"{text}\n\n**{misfit}**"
     if manifest["format"] in ADAPTER_LAYOUTS:
         return (
             f"{text}\n\nWhole networks come from `python -m launch export` with another format. "
@@ -151,6 +157,23 @@ def _loading(manifest: Mapping[str, Any]) -> str:
         f"{text}\n\nBack into pafukv, which generates block by block under a cache policy: "
         f"`{back}`, then `python -m launch sample NEW_FOLDER`. Diffusers' and ComfyUI's networks "
         "are bidirectional: they know no blocks and no KV cache."
+    )
+
+
+def not_for_wan(manifest: Mapping[str, Any]) -> str | None:
+    """Why Wan's own code cannot load an export that has Wan's names; None if it can.
+
+    Args:
+        manifest: As in `pafukv.json`.
+    """
+    sizes = beyond_wan(manifest["config"]["model"])
+    if not sizes or manifest["format"] not in _WITH_WANS_CODE:
+        return None
+    listed = " and ".join(f"{key} {value}" for key, value in sizes.items())
+    return (
+        f"The code of Wan2.1 and its descendants cannot load this: it fixes text_dim and "
+        f"patch_size, where these weights have {listed}. Diffusers (--format diffusers) and "
+        "pafukv can."
     )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from launch.formats import LORA, unwrapped
 from launch.weight_files import WeightsError, read_torch
 from models.wan_names import diffusers_name
+from train.lora import merge_into
 
 ADAPTER = "adapter"
 """File stem of the factors in an export, whose `transformer` holds them already."""
@@ -78,13 +79,11 @@ def read_adapter(path: Path) -> Adapter:
     return _paired(path, parts)
 
 
-def merge(tensors: Mapping[str, Tensor], adapter: Adapter, *, alpha: float) -> None:
-    """Add a LoRA to the weights of its layers, in place: W + alpha / rank * B A, in float32.
-
-    Tensors that are mapped from a file change in memory alone, page by page.
+def merge(tensors: dict[str, Tensor], adapter: Adapter, *, alpha: float) -> None:
+    """Add a LoRA to the weights of its layers: W + alpha / rank * B A, see `merge_into`.
 
     Args:
-        tensors: Of the whole network, by native name.
+        tensors: Of the whole network, by native name; those of the layers are replaced.
         adapter: What is added.
         alpha: What it was trained with.
 
@@ -100,8 +99,7 @@ def merge(tensors: Mapping[str, Tensor], adapter: Adapter, *, alpha: float) -> N
                 f"{str(adapter.file)!r} must belong to the network it is merged into, but its "
                 f"{layer!r} is for {shape}, found {found}; give the base it was trained on"
             )
-        added = second.float() @ first.float() * (alpha / adapter.rank)
-        weight.copy_(added.add_(weight.float()))
+    merge_into(tensors, adapter.tensors(), scale=alpha / adapter.rank)
 
 
 def _paired(path: Path, parts: Mapping[str, Mapping[str, Tensor]]) -> Adapter:

@@ -28,7 +28,7 @@ from torch import Tensor
 from configs.load import to_dict
 from data.files import file_sha256
 from launch.adapters import ADAPTER_LAYOUTS, AdapterLayout
-from launch.card import model_card
+from launch.card import model_card, not_for_wan
 from launch.export import ExportError, new_folder, require_absent, sync
 from launch.formats import Checkpoint
 from launch.layouts import LAYOUTS, Layout
@@ -99,6 +99,9 @@ def run(arguments: argparse.Namespace) -> None:
         f"{arguments.dst}: {manifest['role']} of stage {manifest['stage']!r}{age}, "
         f"{manifest['parameters']} parameters, {size / 1e6:.1f} MB as {arguments.form}, {result}"
     )
+    misfit = not_for_wan(manifest)
+    if misfit is not None:
+        say(misfit)
 
 
 def publish(

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 HEAD_DIM = 128
@@ -13,7 +13,7 @@ ROPE_THETA = 10000.0
 TEXT_LEN = 512
 """Rows that every caption is padded to."""
 _TEXT_DIM, _PATCH_SIZE = 4096, (1, 2, 2)
-"""What native configs leave out, because every published one has it."""
+"""Fixed in Wan's code; native configs leave them out, and it ignores them there."""
 
 _BLOCK = re.compile(r"blocks\.(0|[1-9][0-9]{0,8})\..+")
 _REPAIR = "repair the config, or take it from where the weights come from"
@@ -77,17 +77,25 @@ def native_config(geometry: Geometry, *, text_len: int = TEXT_LEN) -> dict[str, 
         text_len: Rows that captions are padded to.
 
     Raises:
-        ValueError: If Wan's code cannot build the network.
+        ValueError: If no code but ours can compute the network.
     """
     _require_wans_rotation(geometry)
     config = {theirs: getattr(geometry, ours) for theirs, ours in _NATIVE.items()}
     config |= {"_class_name": "WanModel", "model_type": "t2v", "dim": geometry.width}
-    config["text_len"] = text_len
-    if geometry.text_dim != _TEXT_DIM:
-        config["text_dim"] = geometry.text_dim
-    if geometry.patch_size != _PATCH_SIZE:
-        config["patch_size"] = list(geometry.patch_size)
-    return config
+    return config | {"text_len": text_len} | beyond_wan(asdict(geometry))
+
+
+def beyond_wan(sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes that are others than Wan's own code has, which takes them from no config.
+
+    Wan's class therefore cannot load weights of these sizes; diffusers' can, and so do we.
+
+    Args:
+        sizes: With the keys `text_dim` and `patch_size`, as in `Geometry` or as in a manifest.
+    """
+    found = {"text_dim": sizes["text_dim"], "patch_size": list(sizes["patch_size"])}
+    fixed = {"text_dim": _TEXT_DIM, "patch_size": list(_PATCH_SIZE)}
+    return {key: value for key, value in found.items() if value != fixed[key]}
 
 
 def diffusers_config(geometry: Geometry) -> dict[str, Any]:

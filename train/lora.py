@@ -106,17 +106,21 @@ def _is_factor(key: str) -> bool:
     return f".{NAME}." in key
 
 
+@torch.no_grad()
 def merge_into(weights: dict[str, Tensor], adapter: Mapping[str, Tensor], *, scale: float) -> None:
     """Add to weights what an adapter adds; a network with them computes what the adapted one does.
 
+    Sums are float32, and each is rounded once to the dtype of its weight.
+
     Args:
-        weights: From `base_tensors`, in float32; entries are replaced one by one, so that no second
-            copy of all is held.
-        adapter: From `adapter_tensors`.
+        weights: By the names that `base_tensors` gives; entries are replaced one by one, so that no
+            second copy of all is held.
+        adapter: With the names that `adapter_tensors` gives.
         scale: alpha / rank; what the factors add counts so often.
     """
     for key, second in adapter.items():
         layer, found, _ = key.partition(".lora_B.")
         if found:
-            change = second @ adapter[f"{layer}.lora_A.weight"] * scale
-            weights[f"{layer}.weight"] = weights[f"{layer}.weight"] + change
+            change = second.float() @ adapter[f"{layer}.lora_A.weight"].float() * scale
+            weight = weights[f"{layer}.weight"]
+            weights[f"{layer}.weight"] = (weight.float() + change).to(weight.dtype)

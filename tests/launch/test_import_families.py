@@ -123,6 +123,22 @@ def test_a_merge_keeps_the_dtype_of_the_base(tmp_path):
     torch.testing.assert_close(found.float(), wanted, rtol=2**-6, atol=2**-6)
 
 
+def test_parameters_in_the_files_are_merged_as_plain_tensors_are(tmp_path):
+    base, factors, _ = longlive(tmp_path)
+    lora = ["--lora", tmp_path / "lora.pt", "--lora-alpha", "6"]
+    assert bring(tmp_path / "base.pt", tmp_path / "plain", *lora) == 0
+    base, factors = (
+        {name: torch.nn.Parameter(tensor) for name, tensor in named.items()}
+        for named in (base, factors)
+    )
+    write_self_forcing(tmp_path / "base.pt", raw=base)
+    torch.save({"generator_lora": factors}, tmp_path / "lora.pt")
+    assert bring(tmp_path / "base.pt", tmp_path / "in", *lora) == 0
+    wanted = load_export(tmp_path / "plain").tensors("transformer")
+    for name, tensor in load_export(tmp_path / "in").tensors("transformer").items():
+        assert torch.equal(tensor, wanted[name]), name
+
+
 def test_a_lora_that_does_not_fit_is_refused(tmp_path, capsys):
     longlive(tmp_path)
     base, lora, dst = tmp_path / "base.pt", tmp_path / "lora.pt", tmp_path / "in"

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from configs.errors import UserError
 from launch import formats, layouts, publish, verify
+from launch.__main__ import main
 from launch.card import model_card
 from launch.export import ExportError
 from launch.layouts import LAYOUTS
@@ -299,3 +300,20 @@ def test_the_card_says_how_each_form_is_loaded_and_what_was_compared(student, ds
     assert "one-block mode" not in model_card(said | {"role": "teacher", "verified": found})
     assert "--use_ema" in model_card(said | {"format": "self-forcing"})
     assert "--use_ema" not in model_card(said | {"format": "self-forcing", "sets": ["raw"]})
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_sizes_that_wans_code_has_fixed_are_named_where_it_is_to_read_them(
+    form, student, dst, capsys
+):
+    words = ["export", str(student), str(dst), "--format", form]
+    assert main(words) == 0
+    refused = "cannot load this: it fixes text_dim and patch_size, where these weights have"
+    shown = (capsys.readouterr().out, (dst / "README.md").read_text())
+    for text in shown:
+        assert (f"{refused} text_dim 8. " in text) == (form != "diffusers")
+    said = json.loads((dst / "pafukv.json").read_text())
+    said["config"]["model"] |= {"text_dim": 4096}
+    assert refused not in model_card(said)
+    said["config"]["model"] |= {"patch_size": [1, 4, 2]}
+    assert ("have patch_size [1, 4, 2]. " in model_card(said)) == (form != "diffusers")
