@@ -151,13 +151,14 @@ def load_inputs(
     return exports
 
 
-def check_inputs(config: RunConfig) -> None:
-    """Check the exports that come from outside of the run, without reading their weights.
+def check_inputs(config: RunConfig, stages: Iterable[str]) -> None:
+    """Check the exports that these stages take from outside of the run, without their weights.
 
     Raises:
         UserError: As in `load_inputs`.
     """
-    for name, stage in config.stages.items():
+    for name in stages:
+        stage = config.stages[name]
         for role, path in input_paths(config, stage).items():
             if "/" in stage.inputs[role]:
                 export = open_export(path, role=_expected_role(name, role))
