@@ -96,11 +96,11 @@ def require_budgets(
         )
 
 
-def require_paths(config: "RunConfig") -> None:
-    """Raise `ConfigError` if a path is still the placeholder of a config that we ship."""
+def require_paths(config: "RunConfig", *used: str) -> None:
+    """Raise `ConfigError` if a path that is used is still the placeholder of a shipped config."""
     for name, path in config.paths.items():
         require(
-            not path.startswith(PLACEHOLDER),
+            not path.startswith(PLACEHOLDER) or not any(value.startswith(path) for value in used),
             f"paths.{name} must be a path of yours, found the placeholder {path!r}; set it in a "
             f"YAML file or give paths.{name}=PATH",
         )

@@ -391,9 +391,8 @@ VERBS: dict[str, Verb] = {
         _replay,
     ),
     "sample": Verb(
-        "Generate a video of any length under a cache policy.",
-        'sample runs/demo/streaming --prompt "..." --frames 240 --policy salience --budget 128 '
-        "--out x.mp4",
+        "Generate a video of any length, under the cache policy of training or another.",
+        'sample runs/demo/streaming --prompt "..." --frames 240 --budget 128 --out x.mp4',
         _sample_arguments,
         _sample,
     ),

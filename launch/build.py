@@ -97,6 +97,7 @@ def sampling_config(
         "fps": config.fps,
         "every": config.source.every,
         "frames": frames,
+        "precision": config.trainer.precision,
     }
 
 
@@ -151,13 +152,14 @@ def load_inputs(
     return exports
 
 
-def check_inputs(config: RunConfig) -> None:
-    """Check the exports that come from outside of the run, without reading their weights.
+def check_inputs(config: RunConfig, stages: Iterable[str]) -> None:
+    """Check the exports that these stages take from outside of the run, without their weights.
 
     Raises:
         UserError: As in `load_inputs`.
     """
-    for name, stage in config.stages.items():
+    for name in stages:
+        stage = config.stages[name]
         for role, path in input_paths(config, stage).items():
             if "/" in stage.inputs[role]:
                 export = open_export(path, role=_expected_role(name, role))
@@ -447,11 +449,11 @@ def export_manifest(
 ) -> dict[str, object]:
     """What a loader must know about an export.
 
-    A stage that leaves the student alone hands on the sampler of its input.
+    A stage that leaves the student alone hands on the sampler and the cache policy of its input.
     """
-    sampler = stage.sampler_sigmas()
+    sampler, policy = stage.sampler_sigmas(), stage.cache_policy()
     if sampler is None and "student" in inputs:
-        sampler = inputs["student"].sampler
+        sampler, policy = inputs["student"].sampler, inputs["student"].manifest.get("policy")
     lora = stage.config.lora
     heads = [group["head"] for group in (stage.networks, stage.frozen) if "head" in group]
     critic = _critic_model(inputs) if "critic" in stage.exported else None
@@ -462,7 +464,7 @@ def export_manifest(
         "train_seed": config.seed,
         "steps": stage.completed,
         "sampler": None if sampler is None else {"sigmas": sampler[0], "renoise": sampler[1]},
-        "policy": stage.cache_policy(),
+        "policy": policy,
         "weights": _exported_set(stage, inputs),
         "config": sampling_config(
             config,

@@ -71,12 +71,13 @@ def dry_run(config: RunConfig, *, stage_name: str | None = None) -> None:
     Raises:
         UserError: If anything of it does not work.
     """
-    check_run(config)
+    chosen = () if stage_name is None else (stage_name,)
+    check_run(config, *chosen)
     root = run_folder(config)
     if stage_name is None:
         say("dry run: the data is needed anyway, it is made if it is not there, and stays")
         run_steps(data_steps(config), root=root)
-    steps = plan_steps(config)
+    steps = plan_steps(config, last=stage_name)
     keys, by_name = step_keys(steps), {step.name: step for step in steps}
     done = {step.name for step in steps if is_complete(step, keys[step.name])}
     names = [name for name in config.stages if name not in done]

@@ -1,6 +1,6 @@
 """The plan of a run: from a config to the steps that carry it out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +32,33 @@ def run_folder(config: RunConfig) -> Path:
     return Path(config.runs_dir) / config.name
 
 
-def plan_steps(config: RunConfig) -> list[Step]:
-    """Every step of the run in order: data, stages, evaluation, report.
+def plan_steps(config: RunConfig, *, last: str | None = None) -> list[Step]:
+    """Steps of the run in order: data, stages, evaluation, report.
+
+    Args:
+        config: Of the run.
+        last: The step that ends the list; what only steps behind it read need not be there.
 
     Raises:
-        UserError: If a path is not set, or the videos or an export that the plan starts from are
+        UserError: If a path is not set, or the videos or an export that these steps start from are
             missing.
     """
-    require_paths(config)
-    steps = data_steps(config)
-    for name in config.stages:
-        steps += [*_target_steps(config, name), _stage_step(config, name)]
-    if config.evaluate.stages:
-        steps += _closing_steps(config)
+    steps: list[Step] = []
+    for step in _steps(config):
+        steps.append(step)
+        if step.name == last:
+            break
     return steps
+
+
+def _steps(config: RunConfig) -> Iterator[Step]:
+    """The same one by one, so that a step asks for no more than it and those before it read."""
+    yield from _data_steps(config)
+    for name in config.stages:
+        yield from _target_steps(config, name)
+        yield _stage_step(config, name)
+    if config.evaluate.stages:
+        yield from _closing_steps(config)
 
 
 def run(config: RunConfig, *, restart: bool = False) -> None:
@@ -74,23 +87,28 @@ def run_one(config: RunConfig, name: str, *, restart: bool = False) -> None:
     Raises:
         UserError: If there is no such step, a parent is not complete, or as in `run`.
     """
-    steps = plan_steps(config)
+    steps = plan_steps(config, last=name)
     names = [step.name for step in steps]
     if name not in names:
         raise ConfigError(f"the plan has the steps {names}, found {name!r}{nearest(name, names)}")
-    check = (lambda: check_run(config)) if name in config.stages else None
+    check = (lambda: check_run(config, name)) if name in config.stages else None
     before = NEGATIVE_STEP if name == "encode" else _target_step_name(name)
     for wanted in (before, name):
         if wanted in names:
             run_one_step(steps, wanted, root=run_folder(config), check=check, restart=restart)
 
 
-def check_run(config: RunConfig) -> None:
-    """Raise `UserError` if the stages cannot work on the ranks and with the inputs there are."""
+def check_run(config: RunConfig, *stages: str) -> None:
+    """Raise `UserError` if the stages cannot work on the ranks and with the inputs there are.
+
+    Args:
+        config: Of the run.
+        *stages: Those whose inputs are read; all if there are none.
+    """
     from launch.build import check_inputs
 
     check_stages(config, ranks=resolve_world(config.trainer).size)
-    check_inputs(config)
+    check_inputs(config, stages or tuple(config.stages))
 
 
 def check_stages(config: RunConfig, *, ranks: int = 1) -> None:
@@ -162,27 +180,30 @@ def _target_step_name(stage_name: str) -> str:
 
 def data_steps(config: RunConfig) -> list[Step]:
     """The steps from the source to latents, in order."""
+    return list(_data_steps(config))
+
+
+def _data_steps(config: RunConfig) -> Iterator[Step]:
     data, source = data_folder(config), config.source
     shards = {"samples_per_shard": config.data.samples_per_shard}
     cut = {key: getattr(source, key) for key in ("size", "frames", "stride", "every")}
-    steps: list[Step] = []
     videos: list[Any] = []
+    parents: list[Step] = []
     if source.kind == "world":
-        steps.append(
-            _data_step("world", data / "world", source.world, lambda: _write_world(config))
-        )
+        world = _data_step("world", data / "world", source.world, lambda: _write_world(config))
+        parents.append(world)
+        yield world
     else:
+        require_paths(config, source.path, source.folder)
         videos = fingerprint(list_videos(source))
-    ingested = {"videos": videos, "min_frames": _min_frames(config)} | shards
-    raw = data / "raw"
-    ingest_step = _data_step("ingest", raw, ingested, lambda: _ingest(config), *steps)
-    steps.append(ingest_step)
-    steps += _negative_steps(config)
+    settings = {"videos": videos, "min_frames": _min_frames(config)} | shards
+    ingested = _data_step("ingest", data / "raw", settings, lambda: _ingest(config), *parents)
+    yield ingested
+    require_paths(config, config.codec.path, config.text.path)
+    yield from _negative_steps(config)
     made_by = {"codec": codec_identity(config.codec), "text": text_identity(config.text)}
-    encoded = made_by | cut | shards
-    latents = data / "latents"
-    steps.append(_data_step("encode", latents, encoded, lambda: _encode(config), ingest_step))
-    return steps
+    settings = made_by | cut | shards
+    yield _data_step("encode", data / "latents", settings, lambda: _encode(config), ingested)
 
 
 def _negative_steps(config: RunConfig) -> list[Step]:
@@ -229,6 +250,7 @@ def _origins(
     """
     inputs = config.stages[stage_name].inputs
     inputs = {role: inputs[role] for role in inputs if role in roles or not roles}
+    require_paths(config, *inputs.values())
     external = {
         role: config_hash(read_manifest(find_export(Path(origin))))
         for role, origin in inputs.items()

@@ -1,31 +1,30 @@
 """`python -m launch sample`: a video of any length from a trained student, written as it grows."""
 
 import argparse
+import json
 import sys
 import time
-from collections import deque
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
-from omegaconf import OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
 from configs.errors import UserError
+from data.files import write_atomically
 from data.video import VideoWriter, read_chunks, to_pixels, to_values
-from launch.student import Student, load_student
+from launch.sample_settings import SampleSettings, choose_settings
+from launch.steps import say
+from launch.student import PRECISIONS, Student, in_precision, load_student
+from launch.video_blocks import SWITCHES, VideoBlocks
 from models.kv_cache import KVCache
-from models.kv_policies import POLICIES, build_policy
+from models.kv_policies import POLICIES
 from models.kv_spec import EVICTED
 from models.kv_storage import STORAGES
-from models.rollout import NoiseSource, denoise_block, recache, refresh
+from models.rollout import NoiseSource
 
-SWITCHES = ("recache", "flush", "cut")
-CUT_FRAMES = 24
-"""How much later a cut shows the first block of a new scene: far, but within a training clip."""
+_UNTRAINED = ("storage", "evicted", "evicted_tokens", "at_switch")
+"""Choices of a video that no export has a word on."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prefix-frames", type=int, default=24, help="how many of its latent frames"
     )
     parser.add_argument("--frames", type=int, required=True, help="latent frames, prefix included")
-    parser.add_argument("--policy", default="salience", help=", ".join(sorted(POLICIES)))
+    parser.add_argument(
+        "--policy", help=f"the student's own by default; one of {', '.join(sorted(POLICIES))}"
+    )
     parser.add_argument(
         "--param",
         action="append",
@@ -53,11 +54,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="parameter of the policy, e.g. age_weight=0.1 or weights=[1,1,1]",
     )
-    parser.add_argument("--budget", type=int, required=True, help="tokens kept per layer")
-    parser.add_argument("--sink-frames", type=int, default=1)
-    parser.add_argument("--recent-frames", type=int, default=2)
-    parser.add_argument("--time", default="relative", choices=("absolute", "relative"))
-    parser.add_argument("--precision", default="model", help=f"of the cache: {', '.join(STORAGES)}")
+    parser.add_argument(
+        "--budget",
+        type=int,
+        help="tokens kept per layer; by default, like what follows, as the student was trained",
+    )
+    parser.add_argument("--sink-frames", type=int, help="first frames that are never evicted")
+    parser.add_argument("--recent-frames", type=int, help="newest frames that are never evicted")
+    parser.add_argument("--time", choices=("absolute", "relative"), help="how lags are shown")
+    parser.add_argument("--max-lag", type=int, help="longest lag in frames that `relative` shows")
+    parser.add_argument("--precision", choices=PRECISIONS, help="of the network and its cache")
+    parser.add_argument(
+        "--storage", default="model", help=f"of cached tokens: {', '.join(STORAGES)}"
+    )
     parser.add_argument("--evicted", default="drop", choices=EVICTED, help="what happens to tokens")
     parser.add_argument("--evicted-tokens", type=int, default=0, help="that are still read")
     parser.add_argument(
@@ -68,7 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "frames, with a cut also showing the next block far later",
     )
     parser.add_argument("--steps", type=int, help="denoising steps; the student's own by default")
-    parser.add_argument("--shift", type=float, default=5.0, help="with --steps")
+    parser.add_argument(
+        "--shift", type=float, help="of the noise levels of these steps; likewise, or else 5"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
@@ -78,46 +89,69 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="diffusers folder of VAE and text encoder, if not where they were in training",
     )
     parser.add_argument("--scale", type=int, default=1, help="draw a pixel as N x N pixels")
-    parser.add_argument("--out", type=Path, required=True, help="an .mp4 file")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="an .mp4 file; what was used is said in OUT.json"
+    )
 
 
 @torch.no_grad()
 def sample(arguments: argparse.Namespace) -> None:
     """Generate one video and write it block by block; memory does not grow with its length.
 
+    Beside it comes a JSON file that says what it was made with.
+
     Raises:
         UserError: If the checkpoint, a flag, the prefix or the output folder does not fit.
     """
     _check_counts(arguments)
     student = _load(arguments)
-    student.network.to(arguments.device)
-    if student.head is not None:
-        student.head.to(arguments.device)
-    prompts, codec = _prompts(arguments, student), student.codec
-    cache, noise = _start(arguments, student)
+    settings = choose_settings(arguments, student)
+    prompts = _prompts(arguments, student)
+    try:
+        network = in_precision(student.network, settings.values["precision"])
+        for module in filter(None, (student.network, student.head)):
+            module.to(arguments.device)
+        cache, noise = _start(arguments, student, settings)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    video = VideoBlocks(student, network, settings.sampler, cache, noise, arguments.at_switch)
     prefix = _read_prefix(arguments, student)
+    for line in settings.lines():
+        say(line)
     num_frames = -(-arguments.frames // student.frames_per_block) * student.frames_per_block
-    began = time.perf_counter()
-    total = student.codec_config.pixel_frames(num_frames)
-    blocks = _blocks(
-        student,
-        cache,
-        noise=noise,
-        prompts=prompts,
-        prefix=prefix,
-        num_frames=num_frames,
-        at_switch=arguments.at_switch,
-    )
+    began, total = time.perf_counter(), student.codec_config.pixel_frames(num_frames)
     writer = VideoWriter(arguments.out, student.fps, student.size, scale=arguments.scale)
     with writer, tqdm(total=total, unit="frame", file=sys.stderr) as bar:
-        for frames in codec.decode_chunks(block[0] for block in blocks):
+        blocks = video.make(prompts, prefix, num_frames=num_frames)
+        for frames in student.codec.decode_chunks(block[0] for block in blocks):
             writer.write(to_pixels(frames))
             bar.update(len(frames))
     seconds = time.perf_counter() - began
-    sys.stdout.write(
+    _write_record(arguments, student, settings)
+    say(
         f"{arguments.out}: {total} frames, {total / seconds:.1f} FPS, "
-        f"{cache.num_tokens} tokens per layer cached, {cache.num_bytes} bytes\n"
+        f"{cache.num_tokens} tokens per layer cached, {cache.num_bytes} bytes"
     )
+
+
+def _write_record(
+    arguments: argparse.Namespace, student: Student, settings: SampleSettings
+) -> None:
+    """Say beside the video what it was made with."""
+    prefix = None
+    if arguments.prefix is not None:
+        prefix = {"file": str(arguments.prefix), "frames": arguments.prefix_frames}
+    prompts = [(0, arguments.prompt), *arguments.prompt_at]
+    record = {
+        "checkpoint": str(student.export.folder),
+        "export": student.export.hash,
+        "prompts": [[int(frame), text] for frame, text in prompts],
+        "prefix": prefix,
+        "settings": settings.record(),
+        **{key: getattr(arguments, key) for key in ("frames", "seed", "device", *_UNTRAINED)},
+    }
+    path = arguments.out.with_name(f"{arguments.out.name}.json")
+    write_atomically(path, json.dumps(record, indent=1).encode())
 
 
 def _load(arguments: argparse.Namespace) -> Student:
@@ -168,35 +202,19 @@ def _prompts(arguments: argparse.Namespace, student: Student) -> list[tuple[int,
     return list(zip(frames, encoded, strict=True))
 
 
-def _start(arguments: argparse.Namespace, student: Student) -> tuple[KVCache, NoiseSource]:
-    params: dict[str, Any] = {}
-    for item in arguments.param:
-        if "=" not in item:
-            raise UserError(f"--param must be KEY=VALUE, got {item!r}")
-        try:
-            params.update(OmegaConf.from_dotlist([item]))
-        except yaml.YAMLError as error:
-            raise UserError(f"--param must be KEY=VALUE with a YAML value, got {item!r}") from error
-    seeds = torch.tensor([arguments.seed], device=arguments.device)
-    try:
-        if arguments.steps is not None:
-            student.sampler = student.with_steps(arguments.steps, shift=arguments.shift)
-        spec = student.cache_spec(
-            budget_tokens=arguments.budget,
-            sink_frames=arguments.sink_frames,
-            recent_frames=arguments.recent_frames,
-            time=arguments.time,
-            max_lag=student.export.manifest["config"]["frames"] - 1,
-            precision=arguments.precision,
-            evicted=arguments.evicted,
-            evicted_tokens=arguments.evicted_tokens,
-            preallocate=True,
-            max_frames=arguments.frames + student.frames_per_block,
-        )
-        policy = build_policy(arguments.policy, params)
-        cache = student.new_cache(policy, seeds, spec=spec)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+def _start(
+    arguments: argparse.Namespace, student: Student, settings: SampleSettings
+) -> tuple[KVCache, NoiseSource]:
+    seeds, policy = torch.tensor([arguments.seed], device=arguments.device), settings.policy
+    spec = student.cache_spec(
+        **settings.geometry,
+        precision=arguments.storage,
+        evicted=arguments.evicted,
+        evicted_tokens=arguments.evicted_tokens,
+        preallocate=True,
+        max_frames=arguments.frames + student.frames_per_block,
+    )
+    cache = student.new_cache(policy, seeds, spec=spec)
     if arguments.prompt_at and arguments.at_switch != "recache" and not policy.protects_sink:
         raise UserError(
             f"--at-switch {arguments.at_switch} keeps the sink, which policy {policy.name!r} does "
@@ -219,54 +237,3 @@ def _read_prefix(arguments: argparse.Namespace, student: Student) -> Tensor | No
     pixels = read_chunks(arguments.prefix, frames=frames, size=student.size)
     latents = torch.cat(list(student.codec.encode_chunks(map(to_values, pixels))))
     return latents[None].to(arguments.device)
-
-
-def _blocks(
-    student: Student,
-    cache: KVCache,
-    *,
-    noise: NoiseSource,
-    prompts: list[tuple[int, Tensor]],
-    prefix: Tensor | None,
-    num_frames: int,
-    at_switch: str,
-) -> Iterator[Tensor]:
-    """Blocks of one video; `at_switch` says what happens where the prompt changes."""
-    size = student.frames_per_block
-    known = iter(()) if prefix is None else iter(prefix.split(size, dim=1))
-    window = student.export.manifest["config"]["frames"] // 2 // size
-    history: deque[Tensor] = deque(maxlen=max(1, window))
-    sink: list[Tensor] = []
-    pending = deque(prompts)
-    text = pending.popleft()[1]
-    for start in range(0, num_frames, size):
-        changed = False
-        while pending and pending[0][0] <= start:
-            text, changed = pending.popleft()[1], True
-        if changed and at_switch == "recache":
-            recache(
-                student.network,
-                text,
-                torch.cat(list(history), dim=1),
-                cache=cache,
-                sink=torch.cat(sink, dim=1),
-            )
-        elif changed:
-            cache.flush(cache.spec.protected_frames)
-            if at_switch == "cut":
-                cache.cut(CUT_FRAMES)
-        block = next(known, None)
-        if block is None:
-            block = denoise_block(
-                student.network,
-                text,
-                cache=cache,
-                noise=noise,
-                shape=(size, *student.latent_shape),
-                sampler=student.sampler,
-            )
-        refresh(student.network, text, block, cache=cache)
-        history.append(block)
-        if start < max(cache.spec.sink_frames, 1):
-            sink.append(block)
-        yield block

@@ -1,14 +1,15 @@
 """What a config means before anything runs: the resolved values, parameters and cache sizes."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import yaml
 
 from configs.errors import UserError
-from configs.load import to_dict
+from configs.load import parse_section, to_dict
 from configs.schema import RunConfig
-from launch.build import network_config, token_grid
+from launch.build import network_config, stage_type
 from launch.plan import check_stages, plan_steps, run_folder
 from launch.steps import is_complete, step_keys
 from launch.student import head_from_config, transformer_from_config
@@ -21,10 +22,12 @@ def describe(config: RunConfig) -> str:
         UserError: If the plan cannot work.
     """
     check_stages(config)
-    lines = [yaml.safe_dump(to_dict(config), sort_keys=False), "parameters"]
+    lines = [yaml.safe_dump(_settings(config), sort_keys=False), "parameters"]
     lines += [f"  {name:<12} {count:>14,}" for name, count in _parameters(config)]
-    lines += ["", "key-value cache of one video in float32 (all layers)"]
-    lines += [f"  {name:<26} {size:>14,} bytes" for name, size in _cache_sizes(config)]
+    sizes = list(_cache_sizes(config))
+    if sizes:
+        lines += ["", "key-value cache of one video (all layers)"]
+        lines += [f"  {name:<38} {size:>16,} bytes" for name, size in sizes]
     lines += ["", f"steps in {run_folder(config)}"]
     try:
         lines += list(_steps(config))
@@ -33,10 +36,20 @@ def describe(config: RunConfig) -> str:
     return "\n".join(lines)
 
 
-def cache_bytes(config: RunConfig, tokens: int) -> int:
-    """Bytes of keys and values of `tokens` tokens in every layer, for one video in float32."""
+def cache_bytes(config: RunConfig, tokens: int, *, dtype: torch.dtype = torch.float32) -> int:
+    """Bytes of keys and values of `tokens` tokens in every layer, for one video."""
     model = config.model
-    return 2 * model.num_layers * tokens * model.num_heads * model.head_dim * torch.float32.itemsize
+    return 2 * model.num_layers * tokens * model.num_heads * model.head_dim * dtype.itemsize
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """The resolved values, without those of an evaluation or a world that there is not."""
+    settings: dict[str, Any] = to_dict(config)
+    if not config.evaluate.stages:
+        del settings["evaluate"]
+    if config.source.kind != "world":
+        del settings["source"]["world"]
+    return settings
 
 
 def _parameters(config: RunConfig) -> Iterator[tuple[str, int]]:
@@ -51,11 +64,24 @@ def _parameters(config: RunConfig) -> Iterator[tuple[str, int]]:
 
 
 def _cache_sizes(config: RunConfig) -> Iterator[tuple[str, int]]:
-    rows, columns = token_grid(config)
-    for budget in config.evaluate.budgets:
-        yield f"budget {budget} tokens", cache_bytes(config, budget)
-    for frames in config.evaluate.frames:
-        yield f"full after {frames} frames", cache_bytes(config, frames * rows * columns)
+    """Of each stage that rolls out, in the precision of training; of the evaluation in float32."""
+    dtype = torch.bfloat16 if config.trainer.precision == "bf16" else torch.float32
+    for name, stage in config.stages.items():
+        cls = stage_type(stage.kind)
+        params: Any = to_dict(parse_section(cls.params_type, stage.params, key=f"stages.{name}"))
+        budgets = [*params.get("budgets", []), params.get("budget_tokens")]
+        for budget in filter(None, budgets):
+            yield f"{name}, {budget} tokens", cache_bytes(config, budget, dtype=dtype)
+        if "stream_frames" in params:
+            frames = params["stream_frames"]
+            size = cache_bytes(config, frames * config.frame_seq_len, dtype=dtype)
+            yield f"{name}, all of {frames} frames", size
+    if config.evaluate.stages:
+        for budget in config.evaluate.budgets:
+            yield f"evaluate, {budget} tokens", cache_bytes(config, budget)
+        for frames in config.evaluate.frames:
+            size = cache_bytes(config, frames * config.frame_seq_len)
+            yield f"evaluate, all of {frames} frames", size
 
 
 def _steps(config: RunConfig) -> Iterator[str]:

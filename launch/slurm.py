@@ -97,8 +97,8 @@ def write_script(arguments: argparse.Namespace) -> None:
     """
     config = load_config(arguments.config)
     _check(config, arguments)
-    steps = plan_steps(config)
-    last = {step.name: step for step in steps}[arguments.stage or steps[-1].name]
+    steps = plan_steps(config, last=arguments.stage)
+    last = steps[-1]
     logs = run_folder(config) / "slurm"
     if re.search(r'["%\\\s]', str(logs.resolve())):
         raise UserError(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from configs.errors import UserError
 from configs.load import parse_section
@@ -19,9 +19,12 @@ from models.flow import sampling_sigmas
 from models.kv_cache import KVCache
 from models.kv_policy import CachePolicy
 from models.kv_spec import CacheSpec
-from models.rollout import Sampler, make_cache
+from models.rollout import Sampler, VelocityModel, make_cache
 from models.salience import SalienceHead
 from models.transformer import VideoTransformer
+
+PRECISIONS = ("fp32", "bf16")
+"""Of the arithmetic of a network, as in `trainer.precision`."""
 
 
 @dataclass
@@ -41,6 +44,7 @@ class Student:
         size: Height and width in pixels.
         fps: Frames per second of its videos.
         every: Every how many frames of a video file it has seen one.
+        precision: One of `PRECISIONS`, in which it was trained; None if its export does not say.
     """
 
     export: Export
@@ -55,6 +59,7 @@ class Student:
     size: tuple[int, int]
     fps: float
     every: int
+    precision: str | None
 
     @functools.cached_property
     def codec(self) -> Codec:
@@ -121,6 +126,31 @@ class Student:
         )
 
 
+def in_precision(network: VideoTransformer, precision: str) -> VelocityModel:
+    """A network for sampling that computes as in training at this precision.
+
+    In `bf16` that is autocast, under which a cache, too, holds bfloat16. What autocast would
+    convert in every pass, the weights of matrix products, is converted once, in `network` itself:
+    the same numbers from half the memory.
+
+    Raises:
+        ValueError: If there is no such precision.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {list(PRECISIONS)}, got {precision!r}")
+    if precision == "fp32":
+        return network
+    for module in network.modules():
+        if isinstance(module, nn.Linear | nn.Conv3d):
+            module.to(torch.bfloat16)
+
+    def velocity(latents: Tensor, *given: Any, **more: Any) -> Tensor:
+        with torch.autocast(latents.device.type, dtype=torch.bfloat16, cache_enabled=False):
+            return network(latents, *given, **more)
+
+    return velocity
+
+
 def transformer_from_config(model: dict[str, Any]) -> VideoTransformer:
     """A transformer of the sizes in a manifest or resolved config, with fresh weights."""
     sizes = {key: value for key, value in model.items() if key != "frames_per_block"}
@@ -180,4 +210,5 @@ def load_student(path: Path, device: torch.device | str = "cpu") -> Student:
         size=(config["size"][0], config["size"][1]),
         fps=config["fps"],
         every=config["every"],
+        precision=config.get("precision"),
     )

@@ -6,6 +6,9 @@ network predicts the velocity noise - x0, and sigma runs from 0 (clean) to 1 (pu
 Source: Esser et al. 2024, arXiv:2403.03206, section 3; the shift as used by Wan2.1.
 """
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -32,6 +35,23 @@ def sampling_sigmas(num_steps: int, shift: float) -> list[float]:
         raise ValueError(f"the number of sampling steps must be at least 1, got {num_steps}")
     uniform = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
     return shift_sigma(uniform, shift).tolist()
+
+
+def shift_of(sigmas: Sequence[float]) -> float | None:
+    """The shift with which `sampling_sigmas` gives these levels.
+
+    None if there is none, as for levels chosen by hand, or if a single step leaves it open.
+    """
+    num_steps = len(sigmas) - 1
+    if num_steps < 2:
+        return None
+    uniform, sigma = 1 - 1 / num_steps, sigmas[1]
+    shift = sigma * (1 - uniform) / (uniform * (1 - sigma))
+    wanted = sampling_sigmas(num_steps, shift)
+    is_same = all(
+        math.isclose(one, other, abs_tol=1e-6) for one, other in zip(sigmas, wanted, strict=True)
+    )
+    return round(shift, 6) if is_same else None
 
 
 def add_noise(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:

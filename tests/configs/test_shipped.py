@@ -41,6 +41,25 @@ def test_show_builds_the_networks_and_names_the_steps(tmp_path):
     assert text.count("to do") == 13
 
 
+def test_show_prints_the_caches_that_a_plan_has_and_no_others():
+    demo = describe(load_config([str(TINY.with_name("demo.yaml"))]))
+    assert "evaluate, 128 tokens" in demo
+    assert "contenders:" in demo
+    text = describe(load_config([str(TINY.with_name("wan_1_3b.yaml"))]))
+    caches = text.split("key-value cache")[1].split("steps in")[0]
+    found = dict(line.strip().rsplit(maxsplit=2)[:2] for line in caches.splitlines()[1:] if line)
+    # Keys and values x layers x tokens x width x bfloat16.
+    sizes = {tokens: 2 * 30 * tokens * 1536 * 2 for tokens in (14040, 18720, 237 * 1560)}
+    assert found == {
+        "distill, 14040 tokens": f"{sizes[14040]:,}",
+        "distill, 18720 tokens": f"{sizes[18720]:,}",
+        "streaming, 14040 tokens": f"{sizes[14040]:,}",
+        "streaming, all of 237 frames": f"{sizes[237 * 1560]:,}",
+    }
+    assert "evaluate:" not in text
+    assert "identities:" not in text
+
+
 def test_show_takes_a_real_geometry_without_allocating_it(tmp_path):
     sizes = ["num_layers=30", "num_heads=12", "head_dim=128", "ffn_dim=8960", "freq_dim=256"]
     overrides = [f"model.{size}" for size in sizes]

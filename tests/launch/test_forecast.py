@@ -317,9 +317,9 @@ def test_a_shipped_wan_config_shows_but_does_not_run_with_its_placeholders(file,
     assert main(["show", config]) == 0
     shown = capsys.readouterr().out
     assert {"wan_1_3b": "1,418,996,800", "wan_14b": "14,288,491,584"}[file] in shown
-    assert "not known yet: paths.teacher must be a path of yours" in shown
+    assert "not known yet: paths.videos must be a path of yours" in shown
     assert main(["run", config]) == 2
-    assert "give paths.teacher=PATH" in capsys.readouterr().err
+    assert "give paths.videos=PATH" in capsys.readouterr().err
 
 
 def test_captured_hidden_states_stay_after_a_pass():

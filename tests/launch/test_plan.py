@@ -8,15 +8,17 @@ import textwrap
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from configs.errors import UserError
 from configs.load import load_config
+from data.video import VideoWriter
 from launch.build import network_config
 from launch.export import write_export
 from launch.lock import PlanError, hold_lock, wait_for_leader
-from launch.plan import plan_steps, run, run_one
+from launch.plan import check_run, plan_steps, run, run_one
 from launch.steps import (
     Step,
     is_complete,
@@ -352,6 +354,39 @@ def test_an_input_that_cannot_work_is_found_before_anything_runs(tmp_path):
         with pytest.raises(UserError, match=message):
             run(tiny(tmp_path, f"stages.salience.inputs.teacher={folder}"))
     assert [path.name for path in (tmp_path / "tiny").iterdir()] == [".lock"]
+
+
+def test_every_step_asks_for_the_paths_that_it_and_those_before_it_read(tmp_path):
+    videos, teacher = tmp_path / "videos", tmp_path / "elsewhere" / "teacher"
+    videos.mkdir()
+    with VideoWriter(videos / "a.mp4", 8, (32, 64)) as writer:
+        writer.write(np.zeros((40, 32, 64, 3), np.uint8))
+    (videos / "captions.jsonl").write_text('{"file": "a.mp4", "caption": "a ball"}\n')
+    model = network_config(tiny(tmp_path))["model"]
+    manifest = {"role": "teacher", "stage": "teacher", "config": {"model": model}}
+    write_export(teacher, weights={}, manifest=manifest)
+    words = ["source.kind=videos", "source.path=${paths.videos}"]
+    words += ["stages.causal.inputs.teacher=${paths.teacher}"]
+    words += ["stages.distill.inputs.student=${paths.student}"]
+    words += [f"paths.{name}=SET_ME/{name}" for name in ("videos", "teacher", "student")]
+
+    def missing(last: str | None) -> str:
+        with pytest.raises(UserError) as error:
+            plan_steps(tiny(tmp_path, *words), last=last)
+        return str(error.value)
+
+    assert "paths.videos must be a path of yours" in missing("ingest")
+    words.append(f"paths.videos={videos}")
+    for name in ("ingest", "encode"):
+        run_one(tiny(tmp_path, *words), name)
+    assert "paths.teacher must be a path of yours" in missing("causal")
+    words.append(f"paths.teacher={teacher}")
+    assert plan_steps(tiny(tmp_path, *words), last="causal")[-1].name == "causal"
+    check_run(tiny(tmp_path, *words), "causal")
+    for last in ("distill", None):
+        assert "paths.student must be a path of yours" in missing(last)
+    with pytest.raises(UserError, match="student' must exist"):
+        check_run(tiny(tmp_path, *words))
 
 
 def test_videos_are_known_by_list_caption_and_size(tmp_path):

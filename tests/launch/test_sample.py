@@ -58,7 +58,7 @@ def test_prefix_prompt_switch_and_policy_give_a_video_and_a_summary(student, tmp
     assert frames.shape == (20, 32, 64, 3)
     # The prefix is shown as the codec and two H.264 passes leave it.
     assert abs(frames[:12].astype(int) - CLIP.frames).mean() < 12
-    line = capsys.readouterr().out.strip()
+    line = capsys.readouterr().out.strip().splitlines()[-1]
     found = re.fullmatch(r".*x\.mp4: 20 frames, [\d.]+ FPS, (\d+) tokens .*, (\d+) bytes", line)
     assert found, line
     assert int(found[1]) == 40
@@ -68,8 +68,8 @@ def test_prefix_prompt_switch_and_policy_give_a_video_and_a_summary(student, tmp
 @pytest.mark.parametrize(
     ("flags", "tokens", "size"),
     [
-        (["--precision", "int8"], 40, 40 * (2 * 32 + 6)),  # codes, and three float16
-        (["--precision", "int4"], 40, 40 * (32 + 6)),
+        (["--storage", "int8"], 40, 40 * (2 * 32 + 6)),  # codes, and three float16
+        (["--storage", "int4"], 40, 40 * (32 + 6)),
         (["--evicted", "low", "--evicted-tokens", "8"], 40, 40 * 256 + 8 * (32 + 6)),
         (["--evicted", "offload", "--evicted-tokens", "8"], 40, (40 + 8) * 256),
         (["--prompt-at", "10", "blue", "--at-switch", "flush"], 40, 40 * 256),
@@ -113,6 +113,7 @@ def test_the_seed_decides_the_video(student, tmp_path):
         (["--param", "weights=3"], "must be 3 numbers"),
         (["--param", "weights=[1,1"], "YAML value"),
         (["--steps", "0"], "at least 1"),
+        (["--shift", "0"], "--shift must be above 0"),
         (["--frames", "0"], "--frames must be at least 1"),
         (["--prompt-at", "99", "red"], "--prompt-at needs a frame between"),
         (["--prefix", "absent.mp4", "--prefix-frames", "3"], "whole blocks"),
