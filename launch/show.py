@@ -8,7 +8,7 @@ import yaml
 from configs.errors import UserError
 from configs.load import to_dict
 from configs.schema import RunConfig
-from launch.build import network_config, token_grid
+from launch.geometry import network_config, token_grid
 from launch.plan import check_stages, plan_steps, run_folder
 from launch.steps import is_complete, step_keys
 from launch.student import head_from_config, transformer_from_config
