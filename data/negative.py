@@ -10,7 +10,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from configs.schema import TextConfig
-from data.datamodule import padded_text
+from data.batches import padded_text
 from data.files import json_sha256
 from data.shard_writer import ShardSetWriter
 from data.shards import BadShard, ShardSet

@@ -16,7 +16,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 from tqdm import tqdm
 
-from data.datamodule import LatentBatch, Sample, read_sample, require_frames
+from data.batches import LatentBatch, Sample, read_sample, require_frames
 from data.files import json_sha256
 from data.shard_writer import ShardSetWriter
 from data.shards import BadShard, ShardSet

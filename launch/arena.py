@@ -13,12 +13,12 @@ from configs.errors import UserError
 from configs.load import config_hash, parse_section
 from configs.schema import RunConfig
 from data.truth import NUM_CLASSES, Truth
-from launch.build import input_paths
 from launch.cache_forms import FORMS, Geometry
 from launch.calibration import attention_statistics, window_gaps
 from launch.contest import Contestant, Job
 from launch.export import load_export, load_weights
 from launch.held_out import HeldOut, content_hash, load
+from launch.inputs import input_paths
 from launch.oracle import Seer
 from launch.rollouts import measure_rollout, roll_out, summarise
 from launch.student import Student, head_from_config, load_student, transformer_from_config
@@ -27,7 +27,7 @@ from models.kv_cache import KVCache
 from models.kv_policies import POLICIES
 from models.kv_spec import CacheSpec
 from models.salience import SalienceHead
-from train.salience import SalienceParams
+from train.kinds import SalienceParams
 
 VERSION = 9
 """Part of every job's key: raise it when a job gives other numbers than before."""

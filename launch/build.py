@@ -9,15 +9,17 @@ import torch
 from lightning import Callback
 from torch import Tensor, nn
 
-from configs.errors import ConfigError, UserError
+from configs.errors import ConfigError
 from configs.load import config_hash, parse_section, to_dict
-from configs.schema import LoraConfig, RunConfig, StageConfig
+from configs.schema import LoraConfig, RunConfig
 from data.codec import build_codec
 from data.datamodule import LatentDataModule
 from data.negative import read_negative
 from data.shards import ShardSet
 from data.targets import STORED, TargetSet, TargetSource
-from launch.export import ADAPTERS, Export, load_export, map_weights, open_export, write_export
+from launch.export import ADAPTERS, Export, map_weights, write_export
+from launch.geometry import network_config, sampling_config, token_grid
+from launch.inputs import critic_model, load_inputs, model_of
 from launch.plan import data_folder, negative_folder, run_folder, targets_folder
 from launch.student import head_from_config, transformer_from_config
 from models.transformer import VideoTransformer
@@ -25,6 +27,7 @@ from train.causal import Causal
 from train.compilation import compile_layers
 from train.distill import Distill
 from train.fit import fit, run_info
+from train.kinds import stage_kind
 from train.lora import adapter_tensors, add_adapter, base_tensors, merge_into
 from train.randomness import derive_seed
 from train.salience import SalienceStage
@@ -41,75 +44,12 @@ STAGES: dict[str, type[Stage]] = {
     "salience": SalienceStage,
     "streaming": Streaming,
 }
-"""Stage kinds; to add a stage, write its file in `train/`, add a line here and use it in a plan."""
+"""What trains the stages of each kind in `train.kinds.KINDS`."""
 
 
 def latents_folder(config: RunConfig) -> Path:
     """Shards that the stages train on."""
     return data_folder(config) / "latents"
-
-
-def token_grid(config: RunConfig) -> tuple[int, int]:
-    """Token rows and columns of a frame."""
-    rows, columns = (
-        pixels // (config.codec.stride * patch)
-        for pixels, patch in zip(config.source.size, config.model.patch_size[1:], strict=True)
-    )
-    return rows, columns
-
-
-def network_config(
-    config: RunConfig, *, log: bool = False, per_block: bool = False
-) -> dict[str, Any]:
-    """What an export says about its networks, enough to build them again.
-
-    Args:
-        config: Of the run.
-        log: As in `train.salience.SalienceParams`.
-        per_block: The same.
-    """
-    rows, columns = token_grid(config)
-    return {
-        "model": to_dict(config.model),
-        "head": to_dict(config.head),
-        "head_log": log,
-        "head_block_len": config.model.frames_per_block * rows * columns if per_block else 0,
-        "grid": [rows, columns],
-    }
-
-
-def sampling_config(
-    config: RunConfig, *, frames: int, log: bool = False, per_block: bool = False
-) -> dict[str, Any]:
-    """What an export says so that videos can be sampled from it, the same way as in training.
-
-    Args:
-        config: Of the run.
-        frames: Latent frames of the clips that the network was trained on.
-        log: As in `network_config`.
-        per_block: The same.
-    """
-    return {
-        **network_config(config, log=log, per_block=per_block),
-        "codec": to_dict(config.codec),
-        "text": to_dict(config.text),
-        "size": list(config.source.size),
-        "fps": config.fps,
-        "every": config.source.every,
-        "frames": frames,
-        "precision": config.trainer.precision,
-    }
-
-
-def stage_type(kind: str) -> type[Stage]:
-    """The class of a stage kind.
-
-    Raises:
-        ConfigError: If there is none of that name.
-    """
-    if kind not in STAGES:
-        raise ConfigError(f"stage kind must be one of {list(STAGES)}, found {kind!r}")
-    return STAGES[kind]
 
 
 def stage_seed(config: RunConfig, stage_name: str) -> int:
@@ -118,104 +58,11 @@ def stage_seed(config: RunConfig, stage_name: str) -> int:
     return own if own is not None else derive_seed(config.seed, "stage", stage_name)
 
 
-def input_paths(config: RunConfig, stage: StageConfig) -> dict[str, Path]:
-    """Folder of the export behind each input role."""
-    return {
-        role: Path(origin) if "/" in origin else run_folder(config) / origin
-        for role, origin in stage.inputs.items()
-    }
-
-
-def load_inputs(
-    config: RunConfig, stage_name: str, *, roles: Iterable[str] | None = None
-) -> dict[str, Export]:
-    """The exports a stage starts from, checked for role and network geometry.
-
-    Args:
-        config: Of the run.
-        stage_name: Of the stage.
-        roles: Only these inputs; None = all.
-
-    Raises:
-        UserError: If one is missing, has another role, or was made with another network.
-    """
-    stage = config.stages[stage_name]
-    exports = {}
-    for role, path in input_paths(config, stage).items():
-        if roles is not None and role not in roles:
-            continue
-        export = load_export(path, role=_expected_role(stage_name, role))
-        if role == "critic" and export.manifest["role"] != "teacher":
-            export.tensors("critic")  # a student's export must hold one
-        _require_geometry(config, stage_type(stage.kind), role, export)
-        exports[role] = export
-    return exports
-
-
-def check_inputs(config: RunConfig, stages: Iterable[str]) -> None:
-    """Check the exports that these stages take from outside of the run, without their weights.
-
-    Raises:
-        UserError: As in `load_inputs`.
-    """
-    for name in stages:
-        stage = config.stages[name]
-        for role, path in input_paths(config, stage).items():
-            if "/" in stage.inputs[role]:
-                export = open_export(path, role=_expected_role(name, role))
-                _require_geometry(config, stage_type(stage.kind), role, export)
-
-
-def _expected_role(stage_name: str, role: str) -> str | None:
-    """What an export must be to serve as an input; a critic may start from either."""
-    expected = {"teacher": "teacher", "student": "student", "critic": None}
-    if role not in expected:
-        raise ConfigError(
-            f"stages.{stage_name}.inputs knows the roles {list(expected)}, found {role!r}"
-        )
-    return expected[role]
-
-
-def _require_geometry(config: RunConfig, cls: type[Stage], role: str, export: Export) -> None:
-    """Raise `UserError` unless the networks of an input can work together with those of the run.
-
-    A student is the network of the run. A teacher is, too, if the student starts from it; if only
-    what it says is read, it may have another size. A critic starts from what judges like a teacher.
-    """
-    wanted = to_dict(config.model)
-    keys = [key for key in wanted if role == "student" or key != "frames_per_block"]
-    starts = [source for source, _ in cls.network_sources.get("student", ())]
-    if role != "student" and role not in starts:
-        keys = list(cls.shared_geometry)
-    found = _model_of("critic" if role == "critic" else "transformer", export.manifest["config"])
-    wrong = [key for key in sorted(keys) if found.get(key) != wanted[key]]
-    if wrong:
-        raise UserError(
-            f"{export.folder} must hold the network of this run, but differs in model."
-            f"{', model.'.join(wrong)}; take another checkpoint or change the config"
-        )
-
-
-def _model_of(stem: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Geometry of the transformer in a file of an export, from the section `config` it has."""
-    found = config.get(stem, config["model"])
-    assert isinstance(found, dict)
-    return found
-
-
-def _critic_model(inputs: Mapping[str, Export]) -> dict[str, Any] | None:
-    """Geometry of the critic of a stage, if the input that it starts from is at hand."""
-    for role in ("critic", "teacher"):
-        if role in inputs:
-            return _model_of("critic", inputs[role].manifest["config"])
-    return None
-
-
 def _new_network(name: str, config: dict[str, Any]) -> nn.Module:
     """The salience head or a transformer with fresh weights, from a `network_config`."""
     if name == "head":
         return head_from_config(config)
-    return transformer_from_config(_model_of(name, config))
+    return transformer_from_config(model_of(name, config))
 
 
 def _fresh_network(config: RunConfig, stage_name: str, name: str) -> nn.Module:
@@ -274,14 +121,14 @@ def new_stage(
         negative_text: What the guidance of a stage that trains leads away from.  [T, E]
     """
     settings = config.stages[stage_name]
-    cls = stage_type(settings.kind)
+    kind = stage_kind(settings.kind)
     grid = token_grid(config)
     trained, read = (
         {
             name: _build_network(config, stage_name, name, () if is_fresh else sources, exports)
             for name, sources in wanted.items()
         }
-        for wanted in (cls.network_sources, {name: cls.frozen_sources[name] for name in frozen})
+        for wanted in (kind.network_sources, {name: kind.frozen_sources[name] for name in frozen})
     )
     if settings.lora is not None:
         for name in settings.lora.networks:
@@ -294,12 +141,12 @@ def new_stage(
     if config.trainer.compile:
         device = torch.device("cuda" if uses_gpu(config.trainer) else "cpu")
         compile_layers([*trained.values(), *read.values()], device=device)
-    return cls(
+    return STAGES[settings.kind](
         settings,
         seed=stage_seed(config, stage_name),
         networks=trained,
         frozen=read,
-        params=parse_section(cls.params_type, settings.params, key=f"stages.{stage_name}.params"),
+        params=parse_section(kind.params_type, settings.params, key=f"stages.{stage_name}.params"),
         frames_per_block=config.model.frames_per_block,
         frame_seq_len=grid[0] * grid[1],
         negative_text=negative_text,
@@ -314,7 +161,7 @@ def build_stage(config: RunConfig, stage_name: str) -> tuple[Stage, LatentDataMo
     """
     settings = config.stages[stage_name]
     exports = load_inputs(config, stage_name)
-    frozen = stage_type(settings.kind).frozen_sources
+    frozen = stage_kind(settings.kind).frozen_sources
     negative = None
     if settings.is_guided:
         clips, folder = ShardSet(latents_folder(config)), negative_folder(config)
@@ -456,7 +303,7 @@ def export_manifest(
         sampler, policy = inputs["student"].sampler, inputs["student"].manifest.get("policy")
     lora = stage.config.lora
     heads = [group["head"] for group in (stage.networks, stage.frozen) if "head" in group]
-    critic = _critic_model(inputs) if "critic" in stage.exported else None
+    critic = critic_model(inputs) if "critic" in stage.exported else None
     return {
         "role": stage.export_role,
         "stage": stage_name,

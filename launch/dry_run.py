@@ -24,12 +24,11 @@ from configs.schema import EvaluateConfig, RunConfig, StageConfig
 from data.targets import STORED
 from launch.build import (
     export_stage,
-    load_inputs,
     preview_decoder,
-    stage_type,
     train_stage,
 )
 from launch.export import load_export
+from launch.inputs import load_inputs
 from launch.lock import hold_lock, wait_for_leader
 from launch.plan import (
     NEGATIVE_STEP,
@@ -52,6 +51,7 @@ from train import checkpoint
 from train.failures import TrainingFailure
 from train.fit import CHECKPOINTS, SAMPLES
 from train.hardware import peak_gigabytes
+from train.kinds import stage_kind
 from train.ranks import barrier
 from train.restore import restore
 from train.samples import SampleVideos
@@ -172,7 +172,7 @@ def shrink(
 
 def _shorten(stage: StageConfig, *, has_targets: bool) -> None:
     """One step in which every network is trained, after one that gathers statistics if need be."""
-    known = {entry.name for entry in fields(stage_type(stage.kind).params_type)}
+    known = {entry.name for entry in fields(stage_kind(stage.kind).params_type)}
     stage.steps = 1
     if "student_every" in known:
         stage.params["student_every"] = 1

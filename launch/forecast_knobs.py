@@ -11,6 +11,7 @@ from configs.schema import LoraConfig, RunConfig
 from launch.forecast_memory import StageMeter
 from launch.plan import check_stages
 from train.hardware import MEMORY_GB
+from train.kinds import stage_kind
 
 USABLE = 0.92
 """Share of a GPU's memory that tensors get: the rest is for CUDA, NCCL and gaps between tensors."""
@@ -119,8 +120,6 @@ def _turns(plan: Plan, name: str) -> Iterator[Turn]:
 
 def _settings(config: RunConfig, name: str) -> Iterator[tuple[str, Any, RunConfig]]:
     """Key, value as text, and the config with it; where that makes a difference."""
-    from launch.build import stage_type
-
     stage, trainer, own = config.stages[name], config.trainer, f"stages.{name}"
     block = config.model.frames_per_block
     tokens = block * config.frame_seq_len
@@ -134,7 +133,7 @@ def _settings(config: RunConfig, name: str) -> Iterator[tuple[str, Any, RunConfi
         yield from _zero_settings(config)
     if stage.micro_batch != 1:
         yield f"{own}.micro_batch", "1", _staged(config, name, micro_batch=1)
-    if stage.lora is None and stage_type(stage.kind).takes_lora and find_spec("peft"):
+    if stage.lora is None and stage_kind(stage.kind).takes_lora and find_spec("peft"):
         lora = LoraConfig()
         yield f"{own}.lora.rank", lora.rank, _staged(config, name, lora=lora)
     for key, less in SMALLER.items():

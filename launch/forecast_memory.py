@@ -17,9 +17,11 @@ from launch.forecast_meta import kv_types
 from launch.forecast_moments import MOMENTS, Moment
 from launch.forecast_passes import Pass, stage_params
 from launch.forecast_sizes import Sizes, network_sizes
+from launch.geometry import token_grid
 from models.salience import PARTS
+from train.kind import StageKind, rank_share
+from train.kinds import stage_kind
 from train.shares import FLOAT, Share, frozen_share, trained_share
-from train.stage import Stage, rank_share
 
 
 @dataclass
@@ -78,11 +80,9 @@ class StageMeter:
     """
 
     def __init__(self, config: RunConfig, name: str, world: int) -> None:
-        from launch.build import stage_type, token_grid
-
         self.config, self.name, self.world = config, name, world
         self.stage, self.params = config.stages[name], stage_params(config, name)
-        self.kind: type[Stage] = stage_type(self.stage.kind)
+        self.kind: type[StageKind] = stage_kind(self.stage.kind)
         self.trained, self.frozen = list(self.kind.network_sources), list(self.kind.frozen_sources)
         self.share = rank_share(self.stage, world)
         self.samples = self.stage.micro_batch or self.share
@@ -192,13 +192,11 @@ class StageMeter:
 
     def _mapped(self) -> int:
         """In float32, as stages export; imported files may be half as large."""
-        from launch.build import stage_type
-
         total = 0
         for origin in self.stage.inputs.values():
             stems = ["transformer"]
             if origin in self.config.stages:
-                stems = list(stage_type(self.config.stages[origin].kind).exported)
+                stems = list(stage_kind(self.config.stages[origin].kind).exported)
             total += sum(FLOAT * sum(network_sizes(self.config, stem).whole) for stem in stems)
         return total
 

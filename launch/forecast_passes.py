@@ -12,6 +12,7 @@ from configs.load import parse_section
 from configs.schema import RunConfig
 from data.targets import STORED
 from models.kv_policies import build_policy
+from train.kinds import stage_kind
 
 PLAIN, PAIRED, CAUSAL, PROBED = "plain", "clean and noisy", "block-causal", "with targets"
 """What self-attention does: all to all; teacher forcing; a mask; all to all, and targets."""
@@ -112,10 +113,8 @@ def step_passes(config: RunConfig, name: str) -> list[Pass]:
 
 def stage_params(config: RunConfig, name: str) -> Any:
     """The stage's own settings, as its dataclass."""
-    from launch.build import stage_type
-
     stage = config.stages[name]
-    cls = stage_type(stage.kind)
+    cls = stage_kind(stage.kind)
     return parse_section(cls.params_type, stage.params, key=f"stages.{name}.params")
 
 

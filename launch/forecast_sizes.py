@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from configs.schema import LoraConfig, RunConfig
+from launch.geometry import network_config
 from train.lora import add_adapter
 from train.shares import FLOAT
 
@@ -39,8 +40,6 @@ def network_sizes(config: RunConfig, name: str, lora: LoraConfig | None = None) 
         name: Of the network.
         lora: Of its adapter, if it gets one.
     """
-    from launch.build import network_config
-
     kind = "head" if name == "head" else "transformer"
     adapter = None if lora is None else (lora.rank, tuple(lora.targets))
     return _sizes(json.dumps(network_config(config)), kind, adapter)

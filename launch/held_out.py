@@ -10,7 +10,7 @@ from torch import Tensor
 
 from configs.errors import UserError
 from configs.schema import RunConfig
-from data.datamodule import read_sample
+from data.batches import read_sample
 from data.ingest import encode, ingest
 from data.shards import ShardSet
 from data.truth import Truth

@@ -12,6 +12,7 @@ from configs.load import load_config, to_dict
 from data.files import json_sha256
 from launch.export import MANIFEST, require_absent, write_export
 from launch.formats import EMA, RAW, Checkpoint, read_checkpoint
+from launch.geometry import sampling_config
 from launch.longlive import ADAPTER, Adapter, merge, read_adapter
 from launch.published import PUBLISHED, Weights, read_export, read_published, require_model
 from launch.steps import say
@@ -196,7 +197,6 @@ def _network_config(geometry: Geometry, arguments: argparse.Namespace) -> dict[s
     if arguments.config is None:
         sizes = {**asdict(geometry), "patch_size": list(geometry.patch_size)}
         return {"model": sizes | {"frames_per_block": block or FRAMES_PER_BLOCK}, "frames": frames}
-    from launch.build import sampling_config  # takes the training libraries with it
 
     config = load_config(arguments.config)
     require_model(geometry, to_dict(config.model), where="`model` in --config")

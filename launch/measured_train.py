@@ -16,9 +16,10 @@ from configs.load import load_config, to_dict
 from configs.schema import RunConfig
 from data.files import json_sha256
 from data.shard_writer import ShardSetWriter
-from launch.build import build_data, latents_folder, new_stage, stage_type
+from launch.build import build_data, latents_folder, new_stage
 from train.fit import fit
 from train.hardware import peak_flops, peak_gigabytes
+from train.kinds import stage_kind
 from train.ranks import barrier, gather_objects
 from train.spans import SPANS
 from train.speed import FLOPS, SAMPLES, Speedometer
@@ -166,7 +167,7 @@ def train_measured(config: RunConfig, stage_name: str, *, warmup: int) -> dict[s
 
 def _train(config: RunConfig, stage_name: str, counters: Mapping[str, int]) -> Stage:
     """The stage after a training from scratch, its steps in a `Recorder`."""
-    kind = stage_type(config.stages[stage_name].kind)
+    kind = stage_kind(config.stages[stage_name].kind)
     stage = new_stage(
         config,
         stage_name,

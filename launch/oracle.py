@@ -8,7 +8,8 @@ from torch import Tensor
 from launch.held_out import HeldOut
 from models.salience_targets import mask_short_future
 from models.transformer import VideoTransformer
-from train.salience import SalienceParams, salience_of
+from train.kinds import SalienceParams
+from train.salience import salience_of
 
 CLIPS_AT_ONCE = 8
 

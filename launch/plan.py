@@ -20,6 +20,8 @@ from launch.source import fingerprint, list_videos, write_list
 from launch.steps import Step, is_leader, run_one_step, run_steps
 from launch.student import transformer_from_config
 from models.kv_policies import build_policy
+from train.kind import rank_share
+from train.kinds import stage_kind
 from train.lora import require_peft, target_layers
 from train.world import resolve_world
 
@@ -105,7 +107,7 @@ def check_run(config: RunConfig, *stages: str) -> None:
         config: Of the run.
         *stages: Those whose inputs are read; all if there are none.
     """
-    from launch.build import check_inputs
+    from launch.inputs import check_inputs
 
     check_stages(config, ranks=resolve_world(config.trainer).size)
     check_inputs(config, stages or tuple(config.stages))
@@ -118,11 +120,8 @@ def check_stages(config: RunConfig, *, ranks: int = 1) -> None:
         config: Of the run.
         ranks: That share out every batch.
     """
-    from launch.build import stage_type
-    from train.stage import rank_share
-
     for name, stage in config.stages.items():
-        key, cls = f"stages.{name}", stage_type(stage.kind)
+        key, cls = f"stages.{name}", stage_kind(stage.kind)
         params: Any = parse_section(cls.params_type, stage.params, key=f"{key}.params")
         rank_share(stage, ranks)
         cls.check(stage, params, key=key, block=config.model.frames_per_block)

@@ -20,9 +20,10 @@ from tqdm import tqdm
 from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import RunConfig
-from data.datamodule import LatentBatches
+from data.batches import LatentBatches
 from data.files import write_atomically
-from launch.build import build_stage, load_inputs
+from launch.build import build_stage
+from launch.inputs import load_inputs
 from launch.lock import hold_lock
 from launch.steps import say
 from train import checkpoint

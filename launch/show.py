@@ -9,10 +9,11 @@ import yaml
 from configs.errors import UserError
 from configs.load import parse_section, to_dict
 from configs.schema import RunConfig
-from launch.build import network_config, stage_type
+from launch.geometry import network_config
 from launch.plan import check_stages, plan_steps, run_folder
 from launch.steps import is_complete, step_keys
 from launch.student import head_from_config, transformer_from_config
+from train.kinds import stage_kind
 
 
 def describe(config: RunConfig) -> str:
@@ -67,7 +68,7 @@ def _cache_sizes(config: RunConfig) -> Iterator[tuple[str, int]]:
     """Of each stage that rolls out, in the precision of training; of the evaluation in float32."""
     dtype = torch.bfloat16 if config.trainer.precision == "bf16" else torch.float32
     for name, stage in config.stages.items():
-        cls = stage_type(stage.kind)
+        cls = stage_kind(stage.kind)
         params: Any = to_dict(parse_section(cls.params_type, stage.params, key=f"stages.{name}"))
         budgets = [*params.get("budgets", []), params.get("budget_tokens")]
         for budget in filter(None, budgets):

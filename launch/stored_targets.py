@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 
 from configs.schema import RunConfig
-from data.datamodule import LatentBatch
+from data.batches import LatentBatch
 from data.shards import ShardSet
 from data.targets import write_targets
-from launch.build import latents_folder, load_inputs, new_stage, target_source
+from launch.build import latents_folder, new_stage, target_source
+from launch.inputs import load_inputs
 from launch.plan import targets_folder
 from train.fit import prepare_process
 from train.memory import settle

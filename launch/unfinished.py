@@ -7,8 +7,9 @@ from pathlib import Path
 from configs.errors import UserError
 from configs.load import config_hash
 from configs.schema import RunConfig
-from launch.build import input_paths, stage_seed
+from launch.build import stage_seed
 from launch.export import find_export, read_manifest
+from launch.inputs import input_paths
 from train import checkpoint
 from train.fit import CHECKPOINTS, identity
 from train.restore import differences

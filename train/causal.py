@@ -1,44 +1,15 @@
 """Stage `causal`: the teacher's weights become a block-causal student, by teacher forcing."""
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
-
 import torch
 from torch import Tensor
 
-from configs.checks import require_above_zero, require_range
-from configs.schema import StageConfig
-from data.datamodule import LatentBatch
+from data.batches import LatentBatch
 from models.attention import QueryGroup, group_teacher_forcing, teacher_forcing_mask
 from models.flow import add_noise, sampling_sigmas, shift_sigma
+from train.kinds import CausalKind, CausalParams
 from train.losses import flow_matching_loss
 from train.randomness import sample_noise, sample_uniform
 from train.stage import Stage
-
-
-@dataclass
-class CausalParams:
-    """Settings of the stage.
-
-    Attributes:
-        shift: Of the noise levels drawn, one per block.
-        context_noise: Largest share of noise added to the clean half, so that the student bears
-            its own errors.
-        evict: Train with random eviction masks over old tokens, so that a sparse cache is no
-            surprise.
-        sink_frames: Frames that those masks never take.
-        max_recent_blocks: Those masks keep the newest 1 .. this many blocks whole.
-        sample_steps: Sampler steps written into the export.
-        sample_shift: Shift of those steps.
-    """
-
-    shift: float = 3.0
-    context_noise: float = 0.15
-    evict: bool = True
-    sink_frames: int = 1
-    max_recent_blocks: int = 6
-    sample_steps: int = 4
-    sample_shift: float = 5.0
 
 
 def random_visibility(
@@ -68,7 +39,7 @@ def random_visibility(
     return (age <= drawn.floor() + 1) | keep[:, None, :]
 
 
-class Causal(Stage):
+class Causal(CausalKind, Stage):
     """Trains the network `student` on [clean | noisy] pairs of whole videos.
 
     The clean half is not detached: the loss of a noisy block reaches the keys and values that the
@@ -76,20 +47,6 @@ class Causal(Stage):
     """
 
     params: CausalParams
-    params_type = CausalParams
-    export_role = "student"
-    network_sources: ClassVar = {"student": (("teacher", "transformer"),)}
-    exported: ClassVar = {"transformer": "student"}
-
-    @classmethod
-    def check(cls, config: StageConfig, params: Any, *, key: str, block: int) -> None:
-        """The context must stay recognisable and the sampler have steps."""
-        super().check(config, params, key=key, block=block)
-        require_range(f"{key}.params.context_noise", params.context_noise, 0, 1)
-        require_range(f"{key}.params.max_recent_blocks", params.max_recent_blocks, 1, 10**6)
-        require_range(f"{key}.params.sample_steps", params.sample_steps, 1, 1000)
-        for name in ("shift", "sample_shift"):
-            require_above_zero(f"{key}.params.{name}", getattr(params, name))
 
     def loss(self, batch: LatentBatch) -> Tensor:
         """Flow matching in the noisy half."""

@@ -6,20 +6,21 @@ the whole window, and the difference of their estimates is the student's gradien
 Source: Self-Forcing, arXiv:2506.08009; DMD2, arXiv:2405.14867.
 """
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
-
 import torch
 from torch import Tensor
 
-from configs.checks import require, require_above_zero, require_blocks, require_range
-from configs.schema import StageConfig
-from data.datamodule import LatentBatch
+from data.batches import LatentBatch
 from models.flow import add_noise, sampling_sigmas, shift_sigma, velocity_to_x0
 from models.kv_cache import KVCache
 from models.kv_policies import build_policy
 from models.kv_spec import CacheSpec
 from models.rollout import NoiseSource, Sampler, denoise_block, make_cache, refresh
+from train.kinds import (
+    DistillKind,
+    DistillParams,
+    DistributionMatchingKind,
+    DistributionMatchingParams,
+)
 from train.losses import (
     distribution_matching_direction,
     distribution_matching_loss,
@@ -30,68 +31,10 @@ from train.randomness import derive_seeds, sample_noise, sample_uniform, step_ch
 from train.stage import Stage
 
 
-@dataclass
-class DistributionMatchingParams:
-    """Settings that `distill` and `streaming` share.
-
-    Attributes:
-        student_steps: Network passes per block of the few-step student.
-        student_shift: Shift of their noise levels.
-        score_shift: Shift of the noise levels at which teacher and critic judge.
-        score_range: Lowest and highest of those noise levels; draws beyond an end are moved to it.
-        clean_context: Let teacher and critic see the frames that do not count without noise; for
-            a teacher that was trained with clean prefixes.
-        guidance_scale: Of the teacher's estimate, which is led away from `text.negative`: s in
-            unconditional + s * (conditional - unconditional); 1 = off.
-        student_every: The student is updated every so many steps, the critic in every step.
-        sink_frames: Frames never evicted during rollouts.
-    """
-
-    student_steps: int = 2
-    student_shift: float = 5.0
-    score_shift: float = 3.0
-    score_range: list[float] = field(default_factory=lambda: [0.02, 0.98])
-    clean_context: bool = False
-    guidance_scale: float = 1.0
-    student_every: int = 5
-    sink_frames: int = 1
-
-
-@dataclass
-class DistillParams(DistributionMatchingParams):
-    """Settings of the stage, besides those it shares with `streaming`.
-
-    Attributes:
-        prefix_frames: True frames that a rollout continues; one is drawn per step.
-        budgets: Tokens per layer during rollouts, under random eviction; one is drawn per step.
-    """
-
-    prefix_frames: list[int] = field(default_factory=lambda: [24])
-    budgets: list[int] = field(default_factory=lambda: [128])
-
-
-class DistributionMatching(Stage):
+class DistributionMatching(DistributionMatchingKind, Stage):
     """What `distill` and `streaming` share: student and critic steps on a window of latents."""
 
     params: DistributionMatchingParams
-    takes_lora = True
-    frozen_sources: ClassVar = {"teacher": (("teacher", "transformer"),)}
-
-    @classmethod
-    def check(cls, config: StageConfig, params: Any, *, key: str, block: int) -> None:
-        """What both rollout stages need of their settings."""
-        super().check(config, params, key=key, block=block)
-        require_range(f"{key}.params.student_steps", params.student_steps, 1, 1000)
-        require_range(f"{key}.params.student_every", params.student_every, 1, config.steps)
-        for name in ("student_shift", "score_shift"):
-            require_above_zero(f"{key}.params.{name}", getattr(params, name))
-        require(
-            len(params.score_range) == 2,
-            f"{key}.params.score_range must be [lowest, highest], found {params.score_range}",
-        )
-        low, high = params.score_range
-        require_range(f"{key}.params.score_range", low, 0, high)
-        require_range(f"{key}.params.score_range", high, low, 1)
 
     def sampler(self) -> Sampler:
         """The few-step student's noise levels."""
@@ -196,30 +139,10 @@ class DistributionMatching(Stage):
         return torch.cat(blocks, dim=1)
 
 
-class Distill(DistributionMatching):
+class Distill(DistillKind, DistributionMatching):
     """Trains `student` and `critic` on short rollouts that continue true frames."""
 
     params: DistillParams
-    params_type = DistillParams
-    network_sources: ClassVar = {
-        "student": (("student", "transformer"),),
-        "critic": (("critic", "critic"), ("critic", "transformer"), ("teacher", "transformer")),
-    }
-    export_role = "student"
-    exported: ClassVar = {"transformer": "student", "critic": "critic"}
-
-    @classmethod
-    def check(cls, config: StageConfig, params: Any, *, key: str, block: int) -> None:
-        """A rollout must have frames to generate behind its prefix."""
-        super().check(config, params, key=key, block=block)
-        for name in ("prefix_frames", "budgets"):
-            require(
-                len(getattr(params, name)) > 0,
-                f"{key}.params.{name} must list at least one number, found none",
-            )
-        require_blocks(f"{key}.params.prefix_frames", params.prefix_frames, block, least=0)
-        for frames in params.prefix_frames:
-            require_range(f"{key}.params.prefix_frames", frames, 0, config.frames - block)
 
     def drawn_sizes(self, step: int) -> tuple[int, int]:
         """True frames and budget of this step's rollouts; ranks share the draws."""

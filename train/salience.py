@@ -1,54 +1,22 @@
 """Stage `salience`: the S-MLP learns the teacher's salience from the student's clean pass."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from configs.checks import require_choice, require_range
-from configs.schema import StageConfig
-from data.datamodule import LatentBatch, TargetBatch
-from data.targets import STORED
+from data.batches import LatentBatch, TargetBatch
 from models.attention import block_causal_mask
 from models.flow import add_noise
 from models.rollout import VelocityModel
 from models.salience import PARTS, SalienceHead, head_scores
 from models.salience_targets import SalienceCapture, mask_short_future
 from models.transformer import VideoTransformer
+from train.kinds import SalienceKind, SalienceParams
 from train.losses import salience_ranking_loss, salience_regression_loss
 from train.randomness import sample_noise, step_integer
 from train.ranks import gather_objects
 from train.stage import Stage
-
-
-@dataclass
-class SalienceParams:
-    """Settings of the stage.
-
-    Attributes:
-        sigma: Noise level at which the teacher is asked.
-        log: Regress log probabilities instead of probabilities.
-        per_block: Standardise targets within their block first, then as always per layer and part.
-        horizon: Later blocks that a key must have for its `later` target to count.
-        statistics_steps: First steps, which only gather the statistics that targets are
-            standardised by.
-        ranking_weight: Of the ranking loss beside the regression.
-        budget_share: Share of a clip's tokens at which recall is measured.
-        targets: `online` asks the teacher in every step, with new noise and a new window of the
-            clip in each epoch; `shards` asks it once for every clip before the stage, with noise
-            and a window that are the clip's own for ever, and reads what it said.
-    """
-
-    sigma: float = 0.85
-    log: bool = False
-    per_block: bool = False
-    horizon: int = 2
-    statistics_steps: int = 12
-    ranking_weight: float = 0.0
-    budget_share: float = 0.25
-    targets: str = "online"
 
 
 @torch.no_grad()
@@ -121,31 +89,10 @@ def later_map(head: SalienceHead, hidden: list[Tensor]) -> Tensor:
     return later.unflatten(1, (-1, *head.place.shape[1:3]))
 
 
-class SalienceStage(Stage):
+class SalienceStage(SalienceKind, Stage):
     """Trains the network `head`; teacher and student are frozen, nothing reaches the student."""
 
     params: SalienceParams
-    params_type = SalienceParams
-    network_sources: ClassVar = {"head": ()}
-    frozen_sources: ClassVar = {
-        "teacher": (("teacher", "transformer"),),
-        "student": (("student", "transformer"),),
-    }
-    export_role = "student"
-    exported: ClassVar = {"transformer": "student", "head": "head"}
-    shared_geometry: ClassVar = (*Stage.shared_geometry, "num_layers")
-
-    @classmethod
-    def check(cls, config: StageConfig, params: Any, *, key: str, block: int) -> None:
-        """Statistics come first and leave steps to train; keys must have a future."""
-        super().check(config, params, key=key, block=block)
-        require_range(f"{key}.params.sigma", params.sigma, 0, 1)
-        require_range(
-            f"{key}.params.statistics_steps", params.statistics_steps, 1, config.steps - 1
-        )
-        require_range(f"{key}.params.horizon", params.horizon, 1, config.frames // block - 1)
-        require_range(f"{key}.params.budget_share", params.budget_share, 0, 1)
-        require_choice(f"{key}.params.targets", params.targets, ("online", STORED))
 
     def setup_stage(self) -> None:
         """Start without statistics of targets."""

@@ -7,53 +7,23 @@ with it. A stream that has reached its length gives way to a new one.
 Source: streaming long tuning, LongLive, arXiv:2509.22622; the cache policy is PaFu-KV's.
 """
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from configs.checks import require_blocks, require_choice, require_range
 from configs.load import to_dict
-from configs.schema import StageConfig
-from data.datamodule import LatentBatch, SwitchBatch
+from data.batches import LatentBatch, SwitchBatch
 from models.kv_cache import KVCache
 from models.kv_policies import build_policy
 from models.kv_spec import CacheSpec
 from models.rollout import NoiseSource, make_cache, recache, refresh
 from models.salience import SalienceHead
-from train.distill import DistributionMatching, DistributionMatchingParams
+from train.distill import DistributionMatching
+from train.kinds import StreamingKind, StreamingParams
 from train.randomness import derive_seeds, step_integer
 from train.salience import clean_hidden, later_map
-
-
-@dataclass
-class StreamingParams(DistributionMatchingParams):
-    """Settings of the stage, besides those it shares with `distill`.
-
-    Attributes:
-        policy: Cache policy.
-        policy_params: Of the policy.
-        budget_tokens: Tokens per layer.
-        time: `absolute` or `relative` frame numbers, see `models.kv_cache.CacheSpec`.
-        max_lag: Longest lag shown by `relative` time.
-        prefix_frames: True frames at the start of a stream, at least one block.
-        chunk_frames: Frames added per step.
-        stream_frames: Length at which a stream ends.
-        switch_chance: Chance that a stream changes its prompt once, in its middle, to the prompt of
-            another clip.
-    """
-
-    student_every: int = 2
-    policy: str = "salience"
-    policy_params: dict[str, Any] = field(default_factory=dict)
-    budget_tokens: int = 128
-    time: str = "absolute"
-    max_lag: int = 47
-    prefix_frames: int = 24
-    chunk_frames: int = 24
-    stream_frames: int = 240
-    switch_chance: float = 0.0
 
 
 @dataclass
@@ -81,37 +51,10 @@ class Stream:
     next_text: Tensor
 
 
-class Streaming(DistributionMatching):
+class Streaming(StreamingKind, DistributionMatching):
     """Trains `student` and `critic` on persistent rollouts; the head is frozen."""
 
     params: StreamingParams
-    params_type = StreamingParams
-    network_sources: ClassVar = {
-        "student": (("student", "transformer"),),
-        "critic": (("critic", "critic"), ("critic", "transformer"), ("teacher", "transformer")),
-    }
-    frozen_sources: ClassVar = {
-        "teacher": (("teacher", "transformer"),),
-        "head": (("student", "head"),),
-    }
-    export_role = "student"
-    exported: ClassVar = {"transformer": "student", "critic": "critic", "head": "head"}
-    restarts_at_snapshot = True
-
-    @classmethod
-    def check(cls, config: StageConfig, params: Any, *, key: str, block: int) -> None:
-        """A stream must hold its prefix and a chunk, and a window judge a whole chunk."""
-        super().check(config, params, key=key, block=block)
-        where = f"{key}.params"
-        require_blocks(f"{where}.prefix_frames", [params.prefix_frames], block)
-        require_blocks(f"{where}.chunk_frames", [params.chunk_frames], block)
-        require_range(f"{where}.prefix_frames", params.prefix_frames, block, config.frames)
-        require_range(f"{where}.chunk_frames", params.chunk_frames, block, config.frames)
-        shortest = params.prefix_frames + params.chunk_frames
-        require_range(f"{where}.stream_frames", params.stream_frames, shortest, 10**9)
-        require_range(f"{where}.switch_chance", params.switch_chance, 0, 1)
-        require_choice(f"{where}.time", params.time, ("absolute", "relative"))
-        require_range(f"{where}.max_lag", params.max_lag, params.sink_frames + block, 10**9)
 
     def setup_stage(self) -> None:
         """No stream yet: the first step starts one per micro-batch."""

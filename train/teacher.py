@@ -1,67 +1,22 @@
 """Stage `teacher`: a bidirectional video transformer by flow matching."""
 
 import itertools
-from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from configs.checks import require, require_range
-from configs.schema import StageConfig
-from data.datamodule import LatentBatch
+from data.batches import LatentBatch
 from models.flow import add_noise, sampling_sigmas, shift_sigma
+from train.kinds import TeacherKind, TeacherParams
 from train.losses import flow_matching_loss
 from train.randomness import sample_noise, sample_uniform
 from train.stage import Stage
 
 
-@dataclass
-class TeacherParams:
-    """Settings of the stage.
-
-    Attributes:
-        shift: Of the noise levels drawn, see `models.flow.shift_sigma`.
-        clean_prefix: Share of samples whose first blocks, half of them on average, are clean, and
-            whose other blocks share one noise level: what a judge of continuations sees
-            (`clean_context` in `train.distill`).
-        block_noise: Share of samples whose blocks have noise levels of their own, half of them
-            clean: what the causal student will see, and what teaches a small network to look
-            things up far away. All other samples have one noise level per video.
-        text_dropout: Share of samples whose caption is zeroed, so that guidance has an
-            unconditional estimate: the empty `text.negative` of `hashed`. To `umt5` no text is
-            zeros, so its captions here teach nothing that guidance could lead away from.
-        preview_steps: Sampler steps of the videos shown during training.
-    """
-
-    shift: float = 3.0
-    clean_prefix: float = 0.0
-    block_noise: float = 0.0
-    text_dropout: float = 0.1
-    preview_steps: int = 16
-
-
-class Teacher(Stage):
+class Teacher(TeacherKind, Stage):
     """Trains the network `teacher`; no loss is taken in clean frames."""
 
     params: TeacherParams
-    params_type = TeacherParams
-    network_sources: ClassVar = {"teacher": ()}
-    export_role = "teacher"
-    exported: ClassVar = {"transformer": "teacher"}
-
-    @classmethod
-    def check(cls, config: StageConfig, params: Any, *, key: str, block: int) -> None:
-        """Shares must be shares."""
-        super().check(config, params, key=key, block=block)
-        for name in ("clean_prefix", "block_noise", "text_dropout"):
-            require_range(f"{key}.params.{name}", getattr(params, name), 0, 1)
-        require(
-            params.clean_prefix + params.block_noise <= 1,
-            f"{key}.params: clean_prefix + block_noise must not exceed 1, found "
-            f"{params.clean_prefix} + {params.block_noise}",
-        )
-        require_range(f"{key}.params.preview_steps", params.preview_steps, 1, 1000)
 
     def sigma(self, seeds: Tensor, num_frames: int) -> Tensor:
         """Noise level of every frame.  [B, F]."""

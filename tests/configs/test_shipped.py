@@ -13,7 +13,7 @@ from launch.student import transformer_from_config
 from models.kv_policies import build_policy
 from models.kv_spec import CacheSpec
 from models.rollout import make_cache, refresh
-from train.stage import rank_share
+from train.kind import rank_share
 
 FILES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 TINY = next(path for path in FILES if path.stem == "tiny")

@@ -5,8 +5,9 @@ import lightning as L
 import pytest
 import torch
 
+from data.batches import LatentBatch, SwitchBatch, read_sample
 from data.codec import TransformCodec
-from data.datamodule import LatentBatch, LatentDataModule, SwitchBatch, read_sample
+from data.datamodule import LatentDataModule
 from data.shards import BadSample, BadShard, ShardSet
 from data.truth import Truth, measure
 

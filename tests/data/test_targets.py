@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.datamodule import LatentBatch, LatentDataModule, TargetBatch, read_sample
+from data.batches import LatentBatch, TargetBatch, read_sample
+from data.datamodule import LatentDataModule
 from data.shards import BadSample, BadShard, ShardSet
 from data.targets import TargetSet, TargetSource, target_seed, target_window, write_targets
 

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from configs.errors import UserError
+from data.batches import read_sample
 from data.codec import build_codec
-from data.datamodule import LatentDataModule, read_sample
+from data.datamodule import LatentDataModule
 from data.ingest import encode, ingest
 from data.pretrained import PretrainedError
 from data.shards import ShardSet

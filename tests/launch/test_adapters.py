@@ -14,8 +14,8 @@ from configs.schema import LoraConfig
 from launch import adapters
 from launch.__main__ import main
 from launch.adapters import ADAPTER_LAYOUTS, DIFFUSERS_FILE, LONGLIVE_FILE, fold_scale
-from launch.build import network_config
 from launch.export import write_export
+from launch.geometry import network_config
 from launch.longlive import read_adapter
 from launch.publish import PUBLISHED
 from launch.student import transformer_from_config

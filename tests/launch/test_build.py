@@ -10,8 +10,9 @@ import wandb
 from configs.errors import UserError
 from configs.load import load_config, to_dict
 from data.shards import ShardSet
-from launch.build import latents_folder, load_inputs, new_stage, run_stage
+from launch.build import latents_folder, new_stage, run_stage
 from launch.export import load_export, write_export
+from launch.inputs import load_inputs
 from launch.measured_train import SHAPES, write_latents
 from launch.plan import run_folder
 from launch.student import transformer_from_config

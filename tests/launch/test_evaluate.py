@@ -23,11 +23,11 @@ from configs.schema import (
 )
 from launch import evaluate as evaluation
 from launch.arena import check_budgets, load_arena
-from launch.build import network_config, token_grid
 from launch.cache_forms import FORMS
 from launch.contest import Contestant, Job, contestants, plan_jobs
 from launch.evaluate import Record, choose_age_weights, evaluate
 from launch.export import write_export
+from launch.geometry import network_config, token_grid
 from launch.held_out import load, prepare
 from launch.report import write_report
 from launch.rollouts import Rollout, measure_rollout, spread_over_seeds, summarise

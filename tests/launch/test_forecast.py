@@ -8,7 +8,7 @@ import torch
 
 from configs.load import load_config
 from configs.schema import LoraConfig
-from data.datamodule import SwitchBatch
+from data.batches import SwitchBatch
 from launch.__main__ import main
 from launch.forecast import forecast
 from launch.forecast_activations import Geometry, pass_memory, run_pass

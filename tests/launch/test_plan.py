@@ -15,8 +15,8 @@ import torch
 from configs.errors import UserError
 from configs.load import load_config
 from data.video import VideoWriter
-from launch.build import network_config
 from launch.export import write_export
+from launch.geometry import network_config
 from launch.lock import PlanError, hold_lock, wait_for_leader
 from launch.plan import check_run, plan_steps, run, run_one
 from launch.steps import (

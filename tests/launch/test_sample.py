@@ -11,8 +11,8 @@ from configs.schema import WorldConfig
 from data.video import VideoWriter, read_video
 from data.world import caption_of, render_clip
 from launch.__main__ import main
-from launch.build import network_config
 from launch.export import write_export
+from launch.geometry import network_config
 from launch.student import head_from_config, transformer_from_config
 
 SIZES = ["model.num_layers=1", "model.ffn_dim=32", "model.freq_dim=16", "model.num_heads=1"]

@@ -7,12 +7,12 @@ import torch
 import yaml
 
 from configs.load import load_config, to_dict
-from data.datamodule import read_sample
+from data.batches import read_sample
 from data.shards import ShardSet
 from data.video import VideoWriter, read_video
 from launch.__main__ import main
-from launch.build import network_config
 from launch.export import write_export
+from launch.geometry import network_config
 from launch.student import transformer_from_config
 from tests.data.wan_parts import DIM, LENGTH, umt5, wan_codec, write_text, write_vae
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from configs.schema import LoraConfig, RunConfig, TrackingConfig, TrainerConfig
-from data.datamodule import SwitchBatch
+from data.batches import SwitchBatch
 from tests.train.small_stages import batch, small_stage
 from tests.train.toy import arrange
 from train.engine import Piece

@@ -3,17 +3,18 @@
 import torch
 
 from configs.schema import OptimConfig, StageConfig
-from data.datamodule import LatentBatch
+from data.batches import LatentBatch
 from models.salience import SalienceHead
 from tests.models.small import random_transformer, small_transformer
-from train.causal import Causal, CausalParams
-from train.distill import Distill, DistillParams
+from train.causal import Causal
+from train.distill import Distill
 from train.engine import SingleEngine, build_engines
+from train.kinds import CausalParams, DistillParams, SalienceParams, StreamingParams, TeacherParams
 from train.lora import add_adapter
-from train.salience import SalienceParams, SalienceStage
+from train.salience import SalienceStage
 from train.stage import Stage
-from train.streaming import Streaming, StreamingParams
-from train.teacher import Teacher, TeacherParams
+from train.streaming import Streaming
+from train.teacher import Teacher
 
 FRAMES, PLACES = 12, 6
 KINDS = ("teacher", "causal", "distill", "salience", "streaming")

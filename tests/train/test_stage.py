@@ -8,7 +8,8 @@ from torch import nn
 from configs.errors import ConfigError
 from tests.train.toy import ToyStage, ToyStream, toy_batch, toy_config, toy_network, toy_stage
 from train.engine import SingleEngine, build_engines
-from train.stage import rank_share, split_batch
+from train.kind import rank_share
+from train.stage import split_batch
 
 
 @pytest.fixture

@@ -8,11 +8,12 @@ import torch
 import train.distill
 from configs.errors import ConfigError
 from configs.schema import StageConfig
-from data.datamodule import SwitchBatch
+from data.batches import SwitchBatch
 from tests.train.small_stages import FRAMES, batch, build
 from train import checkpoint
 from train.causal import random_visibility
-from train.distill import Distill, DistillParams
+from train.distill import Distill
+from train.kinds import DistillParams
 from train.restore import restore
 from train.streaming import Streaming
 

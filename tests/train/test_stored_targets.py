@@ -10,14 +10,16 @@ from safetensors.torch import save
 
 from configs.errors import ConfigError
 from configs.schema import OptimConfig, StageConfig
-from data.datamodule import LatentBatch, LatentDataModule
+from data.batches import LatentBatch
+from data.datamodule import LatentDataModule
 from data.shard_writer import ShardSetWriter
 from data.shards import ShardSet
 from data.targets import TargetSet, TargetSource, target_seed, write_targets
 from models.salience import SalienceHead
 from tests.models.small import random_transformer
 from train.engine import SingleEngine, build_engines
-from train.salience import SalienceParams, SalienceStage
+from train.kinds import SalienceParams
+from train.salience import SalienceStage
 
 FRAMES, PLACES, STEPS = 8, 6, 10
 SIGMA = 0.7

@@ -1,0 +1,106 @@
+"""What a stage starts from: the exports behind the roles that its `inputs` name."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from configs.errors import ConfigError, UserError
+from configs.load import to_dict
+from configs.schema import RunConfig, StageConfig
+from launch.export import Export, load_export, open_export
+from launch.plan import run_folder
+from train.kind import StageKind
+from train.kinds import stage_kind
+
+
+def input_paths(config: RunConfig, stage: StageConfig) -> dict[str, Path]:
+    """Folder of the export behind each input role."""
+    return {
+        role: Path(origin) if "/" in origin else run_folder(config) / origin
+        for role, origin in stage.inputs.items()
+    }
+
+
+def load_inputs(
+    config: RunConfig, stage_name: str, *, roles: Iterable[str] | None = None
+) -> dict[str, Export]:
+    """The exports a stage starts from, checked for role and network geometry.
+
+    Args:
+        config: Of the run.
+        stage_name: Of the stage.
+        roles: Only these inputs; None = all.
+
+    Raises:
+        UserError: If one is missing, has another role, or was made with another network.
+    """
+    stage = config.stages[stage_name]
+    exports = {}
+    for role, path in input_paths(config, stage).items():
+        if roles is not None and role not in roles:
+            continue
+        export = load_export(path, role=_expected_role(stage_name, role))
+        if role == "critic" and export.manifest["role"] != "teacher":
+            export.tensors("critic")  # a student's export must hold one
+        _require_geometry(config, stage_kind(stage.kind), role, export)
+        exports[role] = export
+    return exports
+
+
+def check_inputs(config: RunConfig, stages: Iterable[str]) -> None:
+    """Check the exports that these stages take from outside of the run, without their weights.
+
+    Raises:
+        UserError: As in `load_inputs`.
+    """
+    for name in stages:
+        stage = config.stages[name]
+        for role, path in input_paths(config, stage).items():
+            if "/" in stage.inputs[role]:
+                export = open_export(path, role=_expected_role(name, role))
+                _require_geometry(config, stage_kind(stage.kind), role, export)
+
+
+def _expected_role(stage_name: str, role: str) -> str | None:
+    """What an export must be to serve as an input; a critic may start from either."""
+    expected = {"teacher": "teacher", "student": "student", "critic": None}
+    if role not in expected:
+        raise ConfigError(
+            f"stages.{stage_name}.inputs knows the roles {list(expected)}, found {role!r}"
+        )
+    return expected[role]
+
+
+def _require_geometry(config: RunConfig, cls: type[StageKind], role: str, export: Export) -> None:
+    """Raise `UserError` unless the networks of an input can work together with those of the run.
+
+    A student is the network of the run. A teacher is, too, if the student starts from it; if only
+    what it says is read, it may have another size. A critic starts from what judges like a teacher.
+    """
+    wanted = to_dict(config.model)
+    keys = [key for key in wanted if role == "student" or key != "frames_per_block"]
+    starts = [source for source, _ in cls.network_sources.get("student", ())]
+    if role != "student" and role not in starts:
+        keys = list(cls.shared_geometry)
+    found = model_of("critic" if role == "critic" else "transformer", export.manifest["config"])
+    wrong = [key for key in sorted(keys) if found.get(key) != wanted[key]]
+    if wrong:
+        raise UserError(
+            f"{export.folder} must hold the network of this run, but differs in model."
+            f"{', model.'.join(wrong)}; take another checkpoint or change the config"
+        )
+
+
+def model_of(stem: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Geometry of the transformer in a file of an export, from the section `config` it has."""
+    found = config.get(stem, config["model"])
+    assert isinstance(found, dict)
+    return found
+
+
+def critic_model(inputs: Mapping[str, Export]) -> dict[str, Any] | None:
+    """Geometry of the critic of a stage, if the input that it starts from is at hand."""
+    for role in ("critic", "teacher"):
+        if role in inputs:
+            return model_of("critic", inputs[role].manifest["config"])
+    return None
