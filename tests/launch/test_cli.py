@@ -122,11 +122,11 @@ def test_a_checkpoint_of_another_role_is_refused(capsys, tmp_path, ckpt):
 
 def test_an_export_is_written_and_described_in_one_line(capsys, tmp_path):
     source, out = write_student(tmp_path / "runs" / "x" / "tuned"), str(tmp_path / "weights")
-    assert main(["export", str(source), out, "--format", "safetensors"]) == 0
+    assert main(["export", str(source), out, "--format", "diffusers"]) == 0
     said = capsys.readouterr().out
     assert said.startswith(f"{out}: student of stage 'tuned' after 12 steps, ")
-    assert said.endswith(" MB as safetensors, not verified\n")
-    again = ["export", str(source), out, "--format", "safetensors"]
+    assert said.endswith(" MB as diffusers, not verified\n")
+    again = ["export", str(source), out, "--format", "diffusers"]
     assert "must not exist yet" in fails(capsys, *again)
     assert "must exist" in fails(capsys, "export", "nowhere", out + "2", "--format", "diffusers")
     assert "--format" in fails(capsys, "export", str(source), out + "2")

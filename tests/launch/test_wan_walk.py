@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from data.datamodule import read_sample
+from data.batches import read_sample
 from data.shards import ShardSet
 from data.video import read_video
 from launch.export import load_export
