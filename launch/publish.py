@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="read the result back with diffusers' transformer and compare bits and outputs with "
         "ours; needs memory for the transformer once in float32 (5.7 GB at 1.3B, 57 GB at 14B), as "
-        "both implementations compute with the same tensors; for an adapter twice",
+        "both implementations compute with the same tensors",
     )
 
 
@@ -142,8 +142,10 @@ def publish(
     with _flushed_folder(dst) as part:
         if isinstance(layout, AdapterLayout):
             seals = _write_adapters(part, origin, layout, dtype=dtype, source=source)
-            merged = origin.read(origin.sets[0], None) if is_verified else {}
-            verified = verify_adapters(part, form, geometry, seals, merged) if is_verified else None
+            verified = None
+            if is_verified:
+                merged = origin.read(origin.sets[0], None)
+                verified = verify_adapters(part, form, geometry, seals, merged)
         else:
             seals = _write_weights(part, source, origin, layout, geometry, dtype=dtype)
             verified = verify(part, layout, geometry, seals) if is_verified else None

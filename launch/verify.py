@@ -7,7 +7,7 @@ weights is in memory, whatever their number.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -82,7 +82,8 @@ def verify(
         )
         values = {native_name(name): tensor for name, tensor in theirs.state_dict().items()}
         _check_bits(values, wanted)
-        differences.append(largest_difference(theirs, own_network(values, geometry), geometry))
+        ours = own_network(values, geometry)
+        differences.append(largest_difference(outputs(theirs, geometry), outputs(ours, geometry)))
     return {
         "reader": reader(),
         "tensors": {kind: len(weights) for kind, weights in seals.items()},
@@ -183,36 +184,47 @@ def own_network(weights: Mapping[str, Tensor], geometry: Geometry) -> VideoTrans
 
 
 @torch.no_grad()
-def largest_difference(theirs: Any, ours: VideoTransformer, geometry: Geometry) -> float:
-    """Of the outputs of two networks, relative to the largest value, over all videos.
+def outputs(network: Any, geometry: Geometry) -> list[dict[str, Tensor]]:
+    """What a network, ours or diffusers', computes of seeded videos, one entry for each of `SIZES`.
 
-    Compared are the velocity, and what the last layer gives (a new network's velocity is 0).
-
-    Raises:
-        VerifyError: If it is above `TOLERANCE`.
+    That is the velocity, and what the last layer gives (a new network's velocity is 0).
     """
-    largest = 0.0
+    found = []
     for number, (frames, *grid) in enumerate(SIZES):
         size = [n * patch for n, patch in zip(grid, geometry.patch_size[1:], strict=True)]
         generator = torch.Generator().manual_seed(number)
         latents = torch.randn(BATCH, frames, geometry.in_channels, *size, generator=generator)
         text = torch.randn(BATCH, TEXT_ROWS, geometry.text_dim, generator=generator)
         sigma = torch.rand(BATCH, generator=generator)
-        with _last_layer(ours) as own_hidden, _last_layer(theirs) as hidden:
-            found = ours(latents, sigma[:, None].expand(BATCH, frames), text)
-            expected = theirs(latents.transpose(1, 2), 1000 * sigma, text, return_dict=False)[0]
-        for what, own, other in (
-            ("hidden state behind the last layer", own_hidden[0], hidden[0]),
-            ("velocity", found, expected.transpose(1, 2)),
-        ):
-            difference = float((own - other).abs().max() / other.abs().max().clamp(min=1e-30))
+        with _last_layer(network) as hidden:
+            if isinstance(network, VideoTransformer):
+                velocity = network(latents, sigma[:, None].expand(BATCH, frames), text)
+            else:
+                given = latents.transpose(1, 2)
+                velocity = network(given, 1000 * sigma, text, return_dict=False)[0].transpose(1, 2)
+        found.append({"hidden state behind the last layer": hidden[0], "velocity": velocity})
+    return found
+
+
+def largest_difference(
+    theirs: Sequence[Mapping[str, Tensor]], ours: Sequence[Mapping[str, Tensor]]
+) -> float:
+    """Of two networks' `outputs`, relative to the largest value, over all videos.
+
+    Raises:
+        VerifyError: If it is above `TOLERANCE`.
+    """
+    largest = 0.0
+    for (frames, rows, columns), expected, found in zip(SIZES, theirs, ours, strict=True):
+        for what, other in expected.items():
+            difference = (found[what] - other).abs().max() / other.abs().max().clamp(min=1e-30)
             if not difference <= TOLERANCE:
                 raise VerifyError(
                     f"the {what} must be the same in diffusers within {TOLERANCE:g} of its largest "
-                    f"value, found a difference of {difference:.2g} for {frames} frames of "
-                    f"{grid[0]} x {grid[1]} tokens; nothing was exported"
+                    f"value, found a difference of {float(difference):.2g} for {frames} frames of "
+                    f"{rows} x {columns} tokens; nothing was exported"
                 )
-            largest = max(largest, difference)
+            largest = max(largest, float(difference))
     return largest
 
 

@@ -21,6 +21,7 @@ from launch.verify import (
     describe,
     largest_difference,
     network_of_diffusers,
+    outputs,
     own_network,
     reader,
     seal,
@@ -35,19 +36,20 @@ def verify_adapters(
     form: str,
     geometry: Geometry,
     seals: Mapping[str, Mapping[str, Seal]],
-    merged: Mapping[str, Tensor],
+    weights: dict[str, Tensor],
 ) -> dict[str, Any]:
     """Read back adapters that were written to `folder` and compare them.
 
     What diffusers' transformer computes with the student's adapter on top of the weights without it
-    must be what ours computes with the merged weights.
+    must be what ours computes with the merged weights. One float32 copy of them is in memory.
 
     Args:
         folder: As the form's `write` left it.
         form: A key of `ADAPTER_LAYOUTS`.
         geometry: Of the networks.
         seals: Of the adapters that were to be written, by set and then `NETWORK.FACTOR`.
-        merged: Native weights of the student.
+        weights: Native, of the student with the adapter merged; become float32, and what they are
+            without the adapter.
 
     Returns:
         As `verify`.
@@ -61,15 +63,15 @@ def verify_adapters(
     _refuse(sorted(set(read) ^ set(wanted)), "names")
     _refuse([name for name, own in seal(read).items() if own != wanted[name]], "bits")
     adapter = {name: tensor.float() for name, tensor in found["transformer"].items()}
-    weights = {name: tensor.float() for name, tensor in merged.items()}
-    ours = own_network(weights, geometry)
-    base = dict(weights)
-    merge_into(base, adapter, scale=-1)
-    theirs, read_by = _ADAPTED[form](folder, base, geometry, found)
+    for name, tensor in weights.items():
+        weights[name] = tensor.float()
+    ours = outputs(own_network(weights, geometry), geometry)
+    merge_into(weights, adapter, scale=-1)
+    theirs, read_by = _ADAPTED[form](folder, weights, geometry, found)
     return {
         "reader": read_by,
         "tensors": {kind: len(wanted)},
-        **describe(largest_difference(theirs, ours, geometry)),
+        **describe(largest_difference(outputs(theirs, geometry), ours)),
     }
 
 
@@ -86,7 +88,8 @@ def _adapted_by_diffusers(
             f"diffusers must find a layer for all {len(found['transformer'])} factors, found "
             f"{layers} layers; nothing was exported"
         )
-    return theirs, f"{reader()} with the adapter loaded by its WanLoraLoaderMixin"
+    loaded = "with the adapter loaded by its WanLoraLoaderMixin onto the merged weights less it"
+    return theirs, f"{reader()} {loaded}"
 
 
 def _adapted_by_peft(

@@ -121,6 +121,7 @@ def merge_into(weights: dict[str, Tensor], adapter: Mapping[str, Tensor], *, sca
     for key, second in adapter.items():
         layer, found, _ = key.partition(".lora_B.")
         if found:
-            change = second.float() @ adapter[f"{layer}.lora_A.weight"].float() * scale
+            # In one buffer: matrices are large.
+            merged = (second.float() @ adapter[f"{layer}.lora_A.weight"].float()).mul_(scale)
             weight = weights[f"{layer}.weight"]
-            weights[f"{layer}.weight"] = (weight.float() + change).to(weight.dtype)
+            weights[f"{layer}.weight"] = merged.add_(weight).to(weight.dtype)

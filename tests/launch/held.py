@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from configs.schema import RunConfig, TrackingConfig, TrainerConfig
 from tests.train.exact import Shares, exact_stage
+from tests.train.toy import command_lines
 from train.engine import Engine
 from train.fit import fit
 from train.ranks import rank
@@ -67,12 +68,13 @@ def held(engine: Engine) -> dict[str, int]:
 
 
 def main(words: list[str]) -> None:
-    """Train as each command line says; every rank writes the most that its engines held."""
-    if "--then" in words:
-        where = words.index("--then")
-        main(words[:where])
-        main(words[where + 1 :])
-        return
+    """Train as each command line says, one after the other."""
+    for line in command_lines(words):
+        train_as_told(line)
+
+
+def train_as_told(words: list[str]) -> None:
+    """Train as one command line says; every rank writes the most that its engines held."""
     parser = argparse.ArgumentParser()
     parser.add_argument("path", type=Path)
     parser.add_argument("--kind")

@@ -1,6 +1,8 @@
 """Adapters in the forms of other programs compute there what they compute here."""
 
+import gc
 import json
+import weakref
 
 import peft
 import pytest
@@ -11,10 +13,10 @@ from safetensors.torch import load_file
 
 from configs.load import load_config, to_dict
 from configs.schema import LoraConfig
-from launch import adapters
+from launch import adapters, verify, verify_adapters
 from launch.__main__ import main
 from launch.adapters import ADAPTER_LAYOUTS, DIFFUSERS_FILE, LONGLIVE_FILE, fold_scale
-from launch.export import write_export
+from launch.export import load_export, write_export
 from launch.geometry import network_config
 from launch.longlive import read_adapter
 from launch.publish import PUBLISHED
@@ -22,6 +24,7 @@ from launch.student import transformer_from_config
 from models.wan_config import Geometry, diffusers_config
 from models.wan_names import diffusers_name
 from tests.launch.exported import files_up_to
+from train import lora
 from train.lora import adapter_tensors, add_adapter, base_tensors, merge_into
 
 SIZES = {"num_layers": 2, "num_heads": 2, "head_dim": 12, "ffn_dim": 40, "freq_dim": 16}
@@ -194,6 +197,32 @@ def test_the_verb_writes_adapters_that_other_code_has_compared(exported, tmp_pat
     card = (dst / "README.md").read_text()
     assert "a LoRA adapter for it, of rank 3" in card
     assert ("LongLive itself has read nothing of it" in card) is (form == "longlive-lora")
+
+
+def test_one_float32_copy_of_the_weights_is_enough_to_compare(exported, tmp_path, monkeypatch):
+    whole = load_export(exported)
+    transformer = {k: t.to(torch.bfloat16) for k, t in whole.tensors("transformer").items()}
+    source = tmp_path / "half"
+    write_export(
+        source, weights=whole.weights | {"transformer": transformer}, manifest=whole.manifest
+    )
+    merged = []
+
+    def own_network(weights, geometry):
+        merged.extend(weakref.ref(weights[name]) for name in layers)
+        return verify.own_network(weights, geometry)
+
+    def merge_into(weights, adapter, *, scale):
+        assert all(one() is not None for one in merged)
+        lora.merge_into(weights, adapter, scale=scale)
+        gc.collect()
+        assert [one() for one in merged] == [None] * len(layers)
+
+    layers = [f"blocks.{n}.{name}.weight" for n in (0, 1) for name in ("ffn.0", "cross_attn.o")]
+    monkeypatch.setattr(verify_adapters, "own_network", own_network)
+    monkeypatch.setattr(verify_adapters, "merge_into", merge_into)
+    assert export(source, tmp_path / "dst", "diffusers-lora", "--verify") == 0
+    assert len(merged) == len(layers)
 
 
 def test_a_student_that_was_trained_as_a_whole_has_no_adapter(exported, tmp_path, capsys):

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from configs.schema import LoraConfig, RunConfig, TrackingConfig, TrainerConfig
 from data.batches import SwitchBatch
 from tests.train.small_stages import batch, small_stage
-from tests.train.toy import arrange
+from tests.train.toy import arrange, command_lines
 from train.engine import Piece
 from train.fit import fit
 from train.ranks import rank, world_size
@@ -226,12 +226,13 @@ def plain(kind: str, *, world: int, steps: int, **changes) -> dict[str, Tensor]:
 
 
 def main(words: list[str]) -> None:
-    """Train as each command line says, one after the other; they are separated by `--then`."""
-    if "--then" in words:
-        where = words.index("--then")
-        main(words[:where])
-        main(words[where + 1 :])
-        return
+    """Train as each command line says, one after the other."""
+    for line in command_lines(words):
+        train_as_told(line)
+
+
+def train_as_told(words: list[str]) -> None:
+    """Train as one command line says."""
     parser = argparse.ArgumentParser()
     parser.add_argument("path", type=Path)
     numbers = {"steps": 10, "zero_stage": 2, "devices": 2, "micro_batch": 0, "layers": 2}

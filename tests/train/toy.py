@@ -13,6 +13,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import lightning as L
@@ -225,17 +226,19 @@ def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def command_lines(words: list[str]) -> list[list[str]]:
+    """The command lines that one holds, separated by `--then`."""
+    ends = [*(where for where, word in enumerate(words) if word == "--then"), len(words)]
+    return [words[start + 1 : end] for start, end in pairwise([-1, *ends])]
+
+
 def main(words: list[str]) -> None:
-    """Train as each command line says, one after the other; they are separated by `--then`."""
-    if "--then" in words:
-        where = words.index("--then")
-        main(words[:where])
-        main(words[where + 1 :])
-        return
-    folder, networks = train_as_told(words)
-    gc.collect()
-    if rank() == 0:
-        (folder / "still_held").write_text(str(sum(elements(one()) for one in networks)))
+    """Train as each command line says, one after the other."""
+    for line in command_lines(words):
+        folder, networks = train_as_told(line)
+        gc.collect()
+        if rank() == 0:
+            (folder / "still_held").write_text(str(sum(elements(one()) for one in networks)))
 
 
 def elements(network: nn.Module | None) -> int:
