@@ -66,8 +66,9 @@ class SourceConfig:
     every: int = 1
     """Keep every n-th frame of a video."""
     fps: float = 8
-    """For `videos`: frames per second of the videos that are made. Set it to that of yours over
-    `every`."""
+    """For `videos`: frames per second of the clips, and of what is generated. A video is read at
+    `rate`; where it has more frames than that, the nearest to each moment are taken, as if they
+    were evenly spaced; one that has fewer by more than 1 % is refused."""
 
     def __post_init__(self) -> None:
         require_choice("source.kind", self.kind, ("world", "videos"))
@@ -77,6 +78,11 @@ class SourceConfig:
         )
         require_positive(self, "frames", "every", "fps")
         require(self.stride >= 0, f"source.stride must not be negative, found {self.stride}")
+
+    @property
+    def rate(self) -> float | None:
+        """Frames per second at which videos are read, `fps` x `every`; None for the world's own."""
+        return None if self.kind == "world" else self.fps * self.every
 
 
 @dataclass
@@ -536,7 +542,8 @@ class RunConfig:
     @property
     def fps(self) -> float:
         """Frames per second of the videos that the run makes."""
-        return self.source.world.fps if self.source.kind == "world" else self.source.fps
+        source = self.source
+        return source.world.fps / source.every if source.kind == "world" else source.fps
 
     @property
     def frame_seq_len(self) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from configs.errors import UserError
 from configs.schema import CodecConfig, TextConfig
 from data.codec import build_codec, codec_identity
 from data.files import json_sha256
+from data.frame_rate import frames_at
 from data.shard_writer import ShardSetWriter
 from data.shards import BadSample, ShardSet
 from data.text import build_text, text_identity
@@ -78,6 +80,7 @@ def ingest(
     *,
     samples_per_shard: int = 64,
     min_frames: int = 1,
+    rate: float | None = None,
     progress: bool = True,
 ) -> None:
     """Check videos strictly and copy them, with their captions, into shards.
@@ -91,7 +94,8 @@ def ingest(
             extension, and `json` with `caption`, `file`, `frames`, `fps`, `height`, `width` and
             the other keys of its line.
         samples_per_shard: Videos per shard.
-        min_frames: Fewest frames of a video.
+        min_frames: Fewest frames of a video, at `rate`.
+        rate: At which `encode` will read the videos, see there; only checked here.
         progress: Whether to show progress bars.
 
     Raises:
@@ -107,7 +111,7 @@ def ingest(
     if writer.is_complete:
         return
     first = writer.completed
-    infos = _check_all(rows[first:], min_frames, progress)
+    infos = _check_all(rows[first:], min_frames, rate, progress)
     todo = list(zip(range(first, len(rows)), rows[first:], infos, strict=True))
     with writer:
         for number, row, info in tqdm(todo, desc="ingest", unit="video", disable=not progress):
@@ -134,24 +138,33 @@ def _videos_hash(rows: list[VideoRow], samples_per_shard: int, min_frames: int) 
     return json_sha256([VERSION, samples_per_shard, min_frames, videos])
 
 
-def _check_all(rows: list[VideoRow], min_frames: int, progress: bool) -> list[VideoInfo]:
+def _check_all(
+    rows: list[VideoRow], min_frames: int, rate: float | None, progress: bool
+) -> list[VideoInfo]:
     """`check_video` of every row; one error for all that fail."""
     infos, problems = [], []
     for row in tqdm(rows, desc="check", unit="video", disable=not progress):
         try:
             info = check_video(row.path)
+            count = len(_frames(info.frames, info.fps, rate, str(row.path)))
         except BadVideo as error:
             problems.append(str(error))
             continue
         infos.append(info)
-        if info.frames < min_frames:
+        if count < min_frames:
+            at_rate = "" if count == info.frames else f", of which {count} at {rate:g} per second"
             problems.append(
                 f"{row.path} must have at least {min_frames} frames for one clip, found "
-                f"{info.frames}; leave it out or lower source.frames"
+                f"{info.frames}{at_rate}; leave it out or lower source.frames"
             )
     if problems:
         raise _bad_videos(problems)
     return infos
+
+
+def _frames(count: int, fps: float, rate: float | None, name: str) -> Sequence[int]:
+    """Numbers of the frames of a video that are used: all, or those at `rate`."""
+    return range(count) if rate is None else frames_at(rate, own=fps, count=count, name=name)
 
 
 def _bad_videos(problems: list[str]) -> BadVideo:
@@ -172,6 +185,7 @@ def encode(
     frames: int,
     stride: int = 0,
     every: int = 1,
+    rate: float | None = None,
     samples_per_shard: int = 64,
     device: torch.device | str = "cpu",
     progress: bool = True,
@@ -180,11 +194,11 @@ def encode(
 
     A sample of the result has the members `latents.safetensors` (`latents`, float32 [F, C, H, W]),
     `text.safetensors` (`text`, float32 [words, dim], without padding) and `json`: that of the
-    video, and `clip_start` (frame of the video the clip starts at), `every` and `time_stride`. The
-    manifest counts latent frames; its properties are `codec`, `text` (see `codec_identity`) and
-    `latents` ([C, H, W]). Clips and captions are encoded one by one, so that a result depends on
-    nothing beside it. An interrupted call goes on after its last whole shard; a complete one is
-    left alone.
+    video, and `clip_start` (frame that the clip starts at, counted at `rate`), `every` and
+    `time_stride`. The manifest counts latent frames; its properties are `codec`, `text` (see
+    `codec_identity`) and `latents` ([C, H, W]). Clips and captions are encoded one by one, so that
+    a result depends on nothing beside it. An interrupted call goes on after its last whole shard; a
+    complete one is left alone.
 
     Args:
         raw: What `ingest` wrote.
@@ -195,6 +209,8 @@ def encode(
         frames: Pixel frames of a clip.
         stride: Frames of the video between the starts of two clips; 0 = one clip per video.
         every: Take every n-th frame of the video.
+        rate: Frames per second at which videos are read, see `data.frame_rate.frames_at`; `stride`
+            and `every` count these. None = all frames that there are.
         samples_per_shard: Clips per shard.
         device: Where networks compute.
         progress: Whether to show progress bars.
@@ -215,6 +231,7 @@ def encode(
         "latents": [codec.channels, *(length // codec.stride for length in size)],
     }
     settings = [VERSION, source.hash, properties, list(size), frames, stride, every]
+    settings += [] if rate is None else [rate]
     writer = ShardSetWriter(
         out,
         samples_per_shard=samples_per_shard,
@@ -227,12 +244,14 @@ def encode(
     image_codec, text_encoder = build_codec(codec, device), build_text(text, device)
     for index in tqdm(range(len(source)), desc="captions", disable=not progress):
         text_encoder.count(source.entry(index).caption)  # one that is too long is found here
-    clips = _cut(source, frames=frames, stride=stride, every=every)[writer.completed :]
+    clips = _cut(source, frames=frames, stride=stride, every=every, rate=rate)
     with writer:
-        for index, start in tqdm(clips, desc="encode", unit="clip", disable=not progress):
+        todo = clips[writer.completed :]
+        for index, start in tqdm(todo, desc="encode", unit="clip", disable=not progress):
             video, meta = _read_raw(source, index)
             key, caption = source.entry(index).key, meta["caption"]
-            wanted = range(start, start + frames * every, every)
+            numbers = _frames(meta["frames"], meta["fps"], rate, f"{raw}::{key}")
+            wanted = numbers[start : start + frames * every : every]
             pixels = read_chunks(video, frames=wanted, size=size, name=f"{raw}::{key}")
             latents = torch.cat(list(image_codec.encode_chunks(map(to_values, pixels))))
             vectors, words = text_encoder(caption)
@@ -245,18 +264,24 @@ def encode(
             writer.write(f"{key}-{start:06d}", content, caption=caption, frames=latent_frames)
 
 
-def _cut(source: ShardSet, *, frames: int, stride: int, every: int) -> list[tuple[int, int]]:
+def _cut(
+    source: ShardSet, *, frames: int, stride: int, every: int, rate: float | None
+) -> list[tuple[int, int]]:
     """Sample index and first frame of every clip; what is left at a video's end is not used."""
     span = (frames - 1) * every + 1
     clips = []
     for index in range(len(source)):
         entry = source.entry(index)
-        if entry.frames < span:
+        name, count = f"{source.root}::{entry.key}", entry.frames
+        if rate is not None:
+            meta = json.loads(source.read(index, "json")["json"])
+            count = len(_frames(count, meta["fps"], rate, name))
+        if count < span:
             raise BadSample(
-                f"{source.root}::{entry.key} must have {span} frames for one clip, found "
-                f"{entry.frames}; lower source.frames or source.every, or leave the video out"
+                f"{name} must have {span} frames for one clip, found "
+                f"{count}; lower source.frames or source.every, or leave the video out"
             )
-        last = entry.frames - span
+        last = count - span
         clips += [(index, start) for start in (range(0, last + 1, stride) if stride else [0])]
     return clips
 

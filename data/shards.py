@@ -82,8 +82,8 @@ class ShardSet:
         shard, place = self._locate(index)
         return SampleEntry(**self.shards[shard]["samples"][place])
 
-    def read(self, index: int) -> dict[str, bytes]:
-        """The members of a sample, by extension.
+    def read(self, index: int, *extensions: str) -> dict[str, bytes]:
+        """The members of a sample, by extension; all if none is named.
 
         Raises:
             BadSample: If a member is cut short or its crc32 is not the manifest's.
@@ -91,7 +91,8 @@ class ShardSet:
         shard, _ = self._locate(index)
         entry = self.entry(index)
         result = {}
-        for extension, (offset, size, checksum) in entry.members.items():
+        for extension in extensions or entry.members:
+            offset, size, checksum = entry.members[extension]
             content = os.pread(self._descriptor(shard), size, offset)
             if len(content) != size or zlib.crc32(content) != checksum:
                 raise BadSample(

@@ -135,10 +135,15 @@ def read_chunks(
         for first in range(0, len(wanted), CHUNK):
             yield _fit(reader.get_batch(wanted[first : first + CHUNK]).asnumpy(), size)
     except (RuntimeError, IndexError, decord.DECORDError) as error:
-        raise BadVideo(
-            f"{name} must be a video that decord reads, found: {' '.join(str(error).split())}; "
-            f"copy or download the file again, or scale it to another width"
-        ) from error
+        raise unreadable(name, error) from error
+
+
+def unreadable(name: str, error: Exception) -> BadVideo:
+    """What to say of a video that decord does not read."""
+    return BadVideo(
+        f"{name} must be a video that decord reads, found: {' '.join(str(error).split())}; "
+        f"copy or download the file again, or scale it to another width"
+    )
 
 
 def to_values(pixels: Frames) -> Tensor:

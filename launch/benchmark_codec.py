@@ -11,6 +11,7 @@ from configs.errors import UserError
 from configs.load import load_config
 from configs.schema import RunConfig
 from data.codec import Codec, build_codec, codec_identity
+from data.frame_rate import first_frames
 from data.ingest import VideoRow
 from data.video import read_video, to_values
 from launch import benchmark
@@ -51,7 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
     rows = list_videos(config.source)
     clips = [read_clip(config, row).to(arguments.device) for row in rows]
     result = measure(codec, clips[0], arguments) | score(codec, rows, clips)
-    source = {name: getattr(config.source, name) for name in ("size", "frames", "every")}
+    source = {name: getattr(config.source, name) for name in ("size", "frames", "every", "fps")}
     benchmark.write_result(
         arguments, {"codec": codec_identity(config.codec)} | source | result, verb="codec"
     )
@@ -60,7 +61,8 @@ def run(arguments: argparse.Namespace) -> None:
 def read_clip(config: RunConfig, row: VideoRow) -> Tensor:
     """The first clip that `encode` would cut from a video.  [F, 3, H, W]."""
     source = config.source
-    frames = range(0, source.frames * source.every, source.every)
+    rate = source.fps * source.every
+    frames = first_frames(row.path, source.frames, rate=rate, every=source.every)
     return to_values(read_video(row.path, frames=frames, size=source.size))
 
 

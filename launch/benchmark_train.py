@@ -3,10 +3,10 @@
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from configs.errors import UserError
@@ -18,6 +18,8 @@ from launch.plan import check_stages
 from launch.steps import is_leader, say, write_record
 from train.versions import package_version
 
+MEASURED = "measured.json"
+"""What one number of ranks has given, in the folder of its measurement."""
 STALL_GOAL_STEPS = 0.05
 """Of a checkpoint, in seconds of a step: one in every 100 steps then costs 0.05 %."""
 COUNTED = (
@@ -57,15 +59,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="trainer.strategy; single for one process, deepspeed for more",
     )
-    parser.add_argument("--is-rank", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)  # of a rank
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Train a stage of random networks on random latents and write what its steps cost.
 
     Every number of ranks has processes of its own. Everything goes through `fit`, twice: FLOPs are
-    counted in the first training. Shards and checkpoints lie beside the record meanwhile. It holds
-    a list, an entry per number of ranks:
+    counted in the first training. Shards and checkpoints lie meanwhile in a new folder beside the
+    record, which holds a list, an entry per number of ranks:
 
     - `seconds_per_step` (median, checkpoints apart) and `mean_seconds_per_step`; the rates follow
       from the mean;
@@ -84,7 +86,7 @@ def run(arguments: argparse.Namespace) -> None:
         UserError: If an argument does not fit, before anything runs.
     """
     counts = _check(arguments)
-    if arguments.is_rank:  # of those that `_launch` has started
+    if arguments.work is not None:  # a rank of those that `_launch` has started
         _measure(arguments, int(os.environ["WORLD_SIZE"]))
         return
     if "WORLD_SIZE" in os.environ:
@@ -100,24 +102,19 @@ def run(arguments: argparse.Namespace) -> None:
         row["efficiency"] = row["speedup"] * first["ranks"] / row["ranks"]
     given = {key: value for key, value in vars(arguments).items() if value is not None}
     plan = given.pop("config")
-    del given["is_rank"]
     benchmark.write_result(argparse.Namespace(**given), rows, verb=" ".join(["train", *plan]))
 
 
 def _measure_ranks(arguments: argparse.Namespace, ranks: int) -> dict[str, Any]:
     """Write the shards, measure in fresh processes, which leave nothing on a device, tidy up."""
-    config, part = _config(arguments, ranks), _part(arguments)
-    stage = config.stages[arguments.stage]
-    work = Path(config.runs_dir)
-    shutil.rmtree(work, ignore_errors=True)
-    try:
-        count = max(8, 2 * stage.batch)
-        write_latents(config, frames=stage.frames, count=count)
-        _launch(arguments, ranks)
-        found: dict[str, Any] = json.loads(part.read_text())
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        part.unlink(missing_ok=True)
+    out = arguments.out.resolve()
+    with TemporaryDirectory(prefix=f".{out.name}.", suffix=".work", dir=out.parent) as name:
+        work = Path(name)
+        config = _config(arguments, ranks, work)
+        stage = config.stages[arguments.stage]
+        write_latents(config, frames=stage.frames, count=max(8, 2 * stage.batch))
+        _launch(arguments, ranks, work)
+        found: dict[str, Any] = json.loads((work / MEASURED).read_text())
     return found
 
 
@@ -171,15 +168,14 @@ def _check(arguments: argparse.Namespace) -> list[int]:
     return counts
 
 
-def _config(arguments: argparse.Namespace, ranks: int) -> RunConfig:
-    """Of a measurement; its `runs_dir` lies beside the record while it runs."""
+def _config(arguments: argparse.Namespace, ranks: int, work: Path | None = None) -> RunConfig:
+    """Of a measurement, which keeps its data and checkpoints in `work`; None to look at it only."""
     words = _plan(arguments)
     if arguments.layers is not None:
         words.append(f"model.num_layers={arguments.layers}")
     strategy = arguments.strategy or ("single" if ranks == 1 else "deepspeed")
-    out = arguments.out.resolve()
+    words += [f"runs_dir={work}"] if work is not None else []
     words += [
-        f"runs_dir={out}.work",
         "name=bench",
         f"trainer.strategy={strategy}",
         f"trainer.devices={ranks}",
@@ -199,16 +195,11 @@ def _plan(arguments: argparse.Namespace) -> list[str]:
     return list(arguments.config or SHAPES[arguments.shape or "demo"])
 
 
-def _part(arguments: argparse.Namespace) -> Path:
-    """What one number of ranks has given."""
-    return arguments.out.with_name(f"{arguments.out.name}.measured")
-
-
-def _launch(arguments: argparse.Namespace, ranks: int) -> None:
+def _launch(arguments: argparse.Namespace, ranks: int, work: Path) -> None:
     """Run this command once more as so many processes, by torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(ranks), "-m", "launch", "bench", "train"]
-    command += [*arguments.config, "--is-rank"]
+    command += [*arguments.config, "--work", str(work)]
     for name in ("stage", "out", "device", "threads", "repeats", "warmup", "shape", "layers"):
         value = getattr(arguments, name)
         command += [f"--{name}", str(value)] if value is not None else []
@@ -227,8 +218,8 @@ def _launch(arguments: argparse.Namespace, ranks: int) -> None:
 
 
 def _measure(arguments: argparse.Namespace, ranks: int) -> None:
-    """Measure in this process, as one of `ranks`, and leave the result at `_part`."""
-    config = _config(arguments, ranks)
+    """Measure in this process, as one of `ranks`, and leave the result in `--work`."""
+    config = _config(arguments, ranks, arguments.work)
     found = train_measured(config, arguments.stage, warmup=arguments.warmup)
     if not is_leader():
         return
@@ -246,4 +237,4 @@ def _measure(arguments: argparse.Namespace, ranks: int) -> None:
         "packages": {name: package_version(name) for name in ("lightning", "deepspeed")},
     }
     found["checkpoint_stall"] |= {"goal_steps": STALL_GOAL_STEPS, "about": STALL_NOTE}
-    write_record(_part(arguments), about | found)
+    write_record(arguments.work / MEASURED, about | found)

@@ -186,6 +186,7 @@ def _data_steps(config: RunConfig) -> Iterator[Step]:
     data, source = data_folder(config), config.source
     shards = {"samples_per_shard": config.data.samples_per_shard}
     cut = {key: getattr(source, key) for key in ("size", "frames", "stride", "every")}
+    cut |= {} if source.rate is None else {"rate": source.rate}
     videos: list[Any] = []
     parents: list[Step] = []
     if source.kind == "world":
@@ -350,6 +351,7 @@ def _ingest(config: RunConfig) -> None:
         folder / "raw",
         samples_per_shard=config.data.samples_per_shard,
         min_frames=_min_frames(config),
+        rate=config.source.rate,
     )
 
 
@@ -373,6 +375,7 @@ def _encode(config: RunConfig) -> None:
         frames=source.frames,
         stride=source.stride,
         every=source.every,
+        rate=source.rate,
         samples_per_shard=config.data.samples_per_shard,
         device="cuda" if uses_gpu(config.trainer) else "cpu",
     )

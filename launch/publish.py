@@ -132,7 +132,8 @@ def publish(
     """
     require_absent(dst)
     layout = ADAPTER_LAYOUTS[form] if form in ADAPTER_LAYOUTS else LAYOUTS[form]
-    origin = open_origin(source, weights=weights)
+    with _reading(source):
+        origin = open_origin(source, weights=weights)
     if origin.manifest["role"] not in layout.roles:
         raise ExportError(
             f"--format {form} must be given a {' or '.join(layout.roles)}, found a "
@@ -144,7 +145,8 @@ def publish(
             seals = _write_adapters(part, origin, layout, dtype=dtype, source=source)
             verified = None
             if is_verified:
-                merged = origin.read(origin.sets[0], None)
+                with _reading(source):
+                    merged = origin.read(origin.sets[0], None)
                 verified = verify_adapters(part, form, geometry, seals, merged)
         else:
             seals = _write_weights(part, source, origin, layout, geometry, dtype=dtype)
@@ -184,7 +186,8 @@ def _write_weights(
     weights: dict[str, dict[str, Tensor]] = {}
     parked = []
     for kind in kinds:
-        tensors = origin.read(kind, dtype)
+        with _reading(source):
+            tensors = origin.read(kind, dtype)
         require_tensors(Checkpoint("origin", (source,), tensors), geometry)
         seals[kind] = seal(tensors)
         if len(kinds) > 1:
@@ -211,11 +214,12 @@ def _write_adapters(
             "stages.NAME.lora, or choose a format for whole networks"
         )
     kind = origin.sets[0]
-    adapters = {
-        network: {name: tensor.to(dtype or tensor.dtype) for name, tensor in own.items()}
-        for network, own in origin.read_adapters(kind).items()
-        if network in layout.networks
-    }
+    with _reading(source):
+        adapters = {
+            network: {name: tensor.to(dtype or tensor.dtype) for name, tensor in own.items()}
+            for network, own in origin.read_adapters(kind).items()
+            if network in layout.networks
+        }
     layout.write(part, adapters)
     return {
         kind: {f"{name}.{k}": s for name, own in adapters.items() for k, s in seal(own).items()}
@@ -260,6 +264,20 @@ def _describe(
             if path.is_file()
         },
     }
+
+
+@contextmanager
+def _reading(source: Path) -> Iterator[None]:
+    """Raise `ExportError` if the source cannot be read within the block."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason, _ = _explain(error)
+        where = getattr(error, "filename", None) or source
+        raise ExportError(
+            f"{str(where)!r} must be readable, found {reason}; check the file or bring it back, "
+            "and run the same command again"
+        ) from error
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from configs.errors import UserError
 from data.files import write_atomically
+from data.frame_rate import first_frames
 from data.video import VideoWriter, read_chunks, to_pixels, to_values
 from launch.sample_settings import SampleSettings, choose_settings
 from launch.steps import say
@@ -233,7 +234,8 @@ def _read_prefix(arguments: argparse.Namespace, student: Student) -> Tensor | No
             f"got {arguments.prefix_frames}"
         )
     count = student.codec_config.pixel_frames(arguments.prefix_frames)
-    frames = range(0, count * student.every, student.every)
-    pixels = read_chunks(arguments.prefix, frames=frames, size=student.size)
+    path, every = arguments.prefix, student.every
+    frames = first_frames(path, count, rate=student.fps * every, every=every)
+    pixels = read_chunks(path, frames=frames, size=student.size)
     latents = torch.cat(list(student.codec.encode_chunks(map(to_values, pixels))))
     return latents[None].to(arguments.device)

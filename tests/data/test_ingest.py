@@ -169,6 +169,41 @@ def test_long_videos_are_cut_scaled_and_thinned(videos, tmp_path):
     torch.testing.assert_close(load(members["latents.safetensors"])["latents"], wanted)
 
 
+def test_videos_of_other_rates_are_read_by_time(videos, tmp_path):
+    ingest(videos, tmp_path / "raw", progress=False)  # 8 frames per second
+    cut = {"frames": 2, "stride": 2, "size": (32, 32)}
+    encode_world(tmp_path / "raw", tmp_path / "latents", rate=5.0, **cut)
+    latents = ShardSet(tmp_path / "latents")
+    keys = [latents.entry(index).key for index in range(len(latents))]
+    # 9, 5 and 12 frames, of which 6, 3 and 7 are at fifths of a second
+    starts = {"000000-v0-x-y": [0, 2, 4], "000001-v1-x-y": [0], "000002-v2-x-y": [0, 2, 4]}
+    assert keys == [f"{key}-{start:06d}" for key, some in starts.items() for start in some]
+    # Moments 2 / 5 and 3 / 5 of a second are frames 3.2 and 4.8.
+    pixels = read_video(videos / "v0 x.y.mp4", frames=[3, 5], size=(32, 32))
+    frames = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    found = load(latents.read(1)["latents.safetensors"])["latents"]
+    torch.testing.assert_close(found, build_codec(CodecConfig()).encode(frames))
+    assert json.loads(latents.read(1, "json")["json"])["clip_start"] == 2
+    assert latents.read(1, "json").keys() == {"json"}
+    # The rate is part of what the set is.
+    encode_world(tmp_path / "raw", tmp_path / "latents", rate=4.0, **cut)
+    assert ShardSet(tmp_path / "latents").hash != latents.hash
+
+
+def test_videos_that_are_too_slow_or_too_short_at_a_rate_are_all_named(videos, tmp_path):
+    with pytest.raises(BadVideo, match=r"(?s)3 videos.*v0 .*at least .* = 16 frames .*found 8"):
+        ingest(videos, tmp_path / "raw", rate=16.0, progress=False)
+    with pytest.raises(BadVideo, match=r"(?s)1 video .*v1 .*found 5, of which 3 at 5 per second"):
+        ingest(videos, tmp_path / "raw", rate=5.0, min_frames=4, progress=False)
+    assert not (tmp_path / "raw").exists()
+    ingest(videos, tmp_path / "raw", progress=False)
+    with pytest.raises(BadVideo, match="000000-v0-x-y must have at least"):
+        encode_world(tmp_path / "raw", tmp_path / "latents", frames=2, rate=16.0)
+    with pytest.raises(BadSample, match="000001-v1-x-y must have 4 frames for one clip, found 3"):
+        encode_world(tmp_path / "raw", tmp_path / "latents", frames=4, rate=5.0)
+    assert not (tmp_path / "latents").exists()
+
+
 def test_encode_refuses_before_it_writes(videos, tmp_path):
     ingest(videos, tmp_path / "raw", progress=False)
     out = tmp_path / "latents"

@@ -164,11 +164,14 @@ def test_torchrun_is_refused(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(("ranks", "told"), [("1", "1 rank"), ("2", "2 ranks")])
 def test_ranks_that_fail_are_an_error_and_leave_nothing(tmp_path, capsys, monkeypatch, ranks, told):
     failed = SimpleNamespace(returncode=3)
+    mine = tmp_path / "x.json.work" / "mine"  # what others have there is left alone
+    mine.parent.mkdir()
+    mine.write_text("")
     monkeypatch.setattr(benchmark_train.subprocess, "run", lambda *_, **__: failed)
     words = [*WORDS, "--stage", "teacher", "--ranks", ranks, "--out", str(tmp_path / "x.json")]
     assert main(words) == 2
     assert f"a training of {told} must end with status 0, found 3" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+    assert list(tmp_path.rglob("*")) == [mine.parent, mine]
 
 
 class Counted:

@@ -400,6 +400,13 @@ def test_videos_are_known_by_list_caption_and_size(tmp_path):
         config = tiny(tmp_path, "source.kind=videos", f"source.path={videos}", *overrides)
         return step_keys(plan_steps(config))["ingest"]
 
+    def keys(*overrides: str) -> dict[str, str]:
+        config = tiny(tmp_path, "source.kind=videos", f"source.path={videos}", *overrides)
+        return step_keys(plan_steps(config, last="encode"))
+
+    slow, fast = keys("source.fps=12"), keys("source.fps=16")
+    assert slow["ingest"] == fast["ingest"]
+    assert slow["encode"] != fast["encode"]
     first = ingest_key()
     assert ingest_key(f"source.path={listed}") == first
     (videos / "a.mp4").write_bytes(b"123456")

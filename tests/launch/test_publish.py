@@ -1,6 +1,8 @@
 """What `export` writes for other programs, and that nothing wrong or half-written ever appears."""
 
+import errno
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from launch.__main__ import main
 from launch.card import model_card
 from launch.export import ExportError
 from launch.layouts import LAYOUTS
+from launch.origin import open_origin
 from launch.publish import publish as export
 from models.wan_names import diffusers_name, native_name, native_names
 from tests.launch.exported import MODEL, POLICY, files_up_to, head, write_student, write_teacher
@@ -225,6 +228,24 @@ def test_a_full_disk_is_named_and_leaves_nothing(form, student, dst):
         export(student, dst, form=form)
     assert_nothing_at(dst)
     export(student, dst, form=form)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_source_that_cannot_be_read_is_not_taken_for_a_full_disk(
+    student, dst, monkeypatch, named
+):
+    def broken(*_: object) -> None:
+        file = (str(student / "weights.bin"),) if named else ()
+        raise OSError(errno.EIO, os.strerror(errno.EIO), *file)
+
+    def opened(path: Path, **more):
+        return replace(open_origin(path, **more), read=broken)
+
+    monkeypatch.setattr(publish, "open_origin", opened)
+    wanted = "weights.bin" if named else student.name
+    with pytest.raises(ExportError, match=rf"{wanted}' must be readable, found Input/output err"):
+        export(student, dst, form="safetensors")
+    assert_nothing_at(dst)
 
 
 def test_a_place_that_cannot_be_written_is_named(student, tmp_path):

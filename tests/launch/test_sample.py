@@ -65,6 +65,15 @@ def test_prefix_prompt_switch_and_policy_give_a_video_and_a_summary(student, tmp
     assert int(found[2]) == 40 * 32 * 2 * 4  # tokens x width x (key, value) x float32
 
 
+def test_a_prefix_of_a_higher_rate_is_read_by_time(student, tmp_path):
+    prefix, out = tmp_path / "prefix.mp4", tmp_path / "x.mp4"
+    with VideoWriter(prefix, 16, (32, 64), crf=1, pixel_format="yuv444p") as writer:
+        writer.write(CLIP.frames.repeat(2, axis=0))
+    flags = ["--prefix", str(prefix), "--prefix-frames", "12"]
+    assert sample(student, out, *flags, frames=14) == 0
+    assert abs(read_video(out)[:12].astype(int) - CLIP.frames).mean() < 12
+
+
 @pytest.mark.parametrize(
     ("flags", "tokens", "size"),
     [
