@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from launch.forecast_flops import group_spans
 from launch.forecast_meta import FilledCache, LiveBytes, PlainProbe, Rules, adapt, kv_types
 from launch.forecast_passes import CAUSAL, PAIRED, PROBED, Pass
-from models.attention import group_teacher_forcing, teacher_forcing_mask
+from models.attention import group_teacher_forcing, teacher_forcing_spans
 from models.salience import SalienceMLP
 from models.transformer import VideoTransformer
 
@@ -143,9 +142,8 @@ def _options(
         frames = found.frames // 2
         tokens = frames * frame_len
         visible = torch.ones(geometry.samples, tokens, tokens, dtype=torch.bool, device=device)
-        dense = teacher_forcing_mask(visible, block_len)
-        spans = group_spans(frames // geometry.block)
-        groups = group_teacher_forcing(dense, block_len, len(spans))
+        spans = teacher_forcing_spans(frames // geometry.block, block_len)
+        groups = group_teacher_forcing(visible, block_len, spans)
         return {"mask": groups, "frames": torch.arange(frames, device=device).repeat(2)}
     return {}
 
