@@ -15,14 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from configs.schema import LoraConfig
-from launch.forecast_flops import group_spans
-from launch.forecast_meta import FilledCache, LiveBytes, PlainProbe, Rules, kv_types
+from launch.forecast_meta import FilledCache, LiveBytes, PlainProbe, Rules, adapt, kv_types
 from launch.forecast_passes import CAUSAL, PAIRED, PROBED, Pass
-from models.attention import block_causal_mask, group_teacher_forcing, teacher_forcing_mask
+from models.attention import group_teacher_forcing, teacher_forcing_spans
 from models.salience import SalienceMLP
 from models.transformer import VideoTransformer
-from train.lora import add_adapter
 
 LAYERS = 3
 """Of the network that runs in place of a deeper one."""
@@ -80,7 +77,7 @@ def pass_memory(geometry: Geometry, found: Pass, *, recomputes: bool) -> PassMem
     """
     network = _network(geometry.network, geometry.adapter)
     network.recomputes_activations = recomputes
-    with torch.device("meta"), Rules(is_bf16=geometry.is_bf16).in_force():
+    with Rules(is_bf16=geometry.is_bf16).in_force():
         return run_pass(network, geometry, found)
 
 
@@ -96,16 +93,17 @@ def _network(
     with torch.device("meta"):
         network = VideoTransformer(**dict(sizes) | changes)
         if targets:
-            add_adapter(network, LoraConfig(rank=rank, targets=list(targets)), seed=0, key="lora")
+            adapt(network, rank, targets)
     return network
 
 
 def run_pass(network: VideoTransformer, geometry: Geometry, found: Pass) -> PassMemory:
     """Run a pass, and the backward pass if there is one, and scale up to all layers."""
     b, more_layers = geometry.samples, dict(geometry.network)["num_layers"] - network.num_layers
-    latents = torch.randn(b, found.frames, network.patch_embedding.in_channels, *geometry.size)
-    sigma = torch.rand(b, found.frames)
-    text = torch.randn(b, geometry.rows, dict(geometry.network)["text_dim"])
+    channels, device = network.patch_embedding.in_channels, network.patch_embedding.weight.device
+    latents = torch.randn(b, found.frames, channels, *geometry.size, device=device)
+    sigma = torch.rand(b, found.frames, device=device)
+    text = torch.randn(b, geometry.rows, dict(geometry.network)["text_dim"], device=device)
     entered: list[int] = []
     known = (*network.parameters(), latents, sigma, text)
     types = kv_types(geometry.is_bf16)
@@ -134,19 +132,19 @@ def _options(
     """The rest of the arguments of a forward pass, but for a cache."""
     rows, columns = network.patch_size[1:]
     frame_len = geometry.size[0] // rows * (geometry.size[1] // columns)
-    block_len = geometry.block * frame_len
+    block_len, device = geometry.block * frame_len, network.patch_embedding.weight.device
     network.probe = PlainProbe() if found.attention == PROBED else None
     if found.attention == CAUSAL:
-        mask = block_causal_mask(found.frames // geometry.block, block_len)
+        tokens = found.frames * frame_len
+        mask = torch.ones(tokens, tokens, dtype=torch.bool, device=device)  # of any content
         return {"mask": mask, "capture": lambda layer, hidden, *_: captured.append(hidden)}
     if found.attention == PAIRED:
         frames = found.frames // 2
         tokens = frames * frame_len
-        visible = torch.ones(geometry.samples, tokens, tokens, dtype=torch.bool)
-        dense = teacher_forcing_mask(visible, block_len)
-        spans = group_spans(frames // geometry.block)
-        groups = group_teacher_forcing(dense, block_len, len(spans))
-        return {"mask": groups, "frames": torch.arange(frames).repeat(2)}
+        visible = torch.ones(geometry.samples, tokens, tokens, dtype=torch.bool, device=device)
+        spans = teacher_forcing_spans(frames // geometry.block, block_len)
+        groups = group_teacher_forcing(visible, block_len, spans)
+        return {"mask": groups, "frames": torch.arange(frames, device=device).repeat(2)}
     return {}
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from configs.schema import LoraConfig, RunConfig
 from launch.forecast_passes import CAUSAL, PAIRED, PROBED, Pass
+from models.attention import teacher_forcing_spans
 from models.salience import PARTS
 from train.lora import is_named
 
@@ -149,17 +150,11 @@ def _pairs(config: RunConfig, found: Pass, queries: int, tokens: int) -> float:
 def _paired_pairs(config: RunConfig, queries: int, tokens: int) -> float:
     """Of teacher forcing in groups, see `models.attention.group_teacher_forcing`."""
     block = config.model.frames_per_block * config.frame_seq_len
-    spans, halves = group_spans(tokens // 2 // block), queries * 2 // tokens
-    ends = [sum(spans[: i + 1]) for i in range(len(spans))]
+    spans = teacher_forcing_spans(tokens // 2 // block, block)
+    halves = queries * 2 // tokens
+    ends = itertools.accumulate(spans)
     pairs = sum(span * (end + span) for span, end in zip(spans, ends, strict=True))
     return halves * pairs * block**2
-
-
-def group_spans(num_blocks: int) -> list[int]:
-    """Blocks of each span of `train.causal.Causal.mask`."""
-    groups = max(1, num_blocks // 4)
-    bounds = [num_blocks * i // groups for i in range(groups + 1)]
-    return [end - start for start, end in itertools.pairwise(bounds)]
 
 
 def _head_forward(config: RunConfig, found: Pass) -> float:

@@ -5,16 +5,15 @@ their places: attention by a kernel that keeps no scores, and the rules of autoc
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, ValuesView
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from models.attention import grid_positions
 from models.kv_memory import Attending, Past
@@ -22,6 +21,7 @@ from models.kv_policies import build_policy
 from models.kv_spec import CacheSpec
 from models.rollout import make_cache, refresh
 from models.transformer import VideoTransformer
+from train.lora import target_layers
 
 
 class LiveBytes(TorchDispatchMode):
@@ -44,10 +44,9 @@ class LiveBytes(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run an operator as it would run otherwise, and note what it made."""
-        result = func(*args, **(kwargs or {}))
-        for made in tree_iter(result):
-            if isinstance(made, Tensor):
-                self._note(made.untyped_storage())
+        result = _run(func, args, kwargs or {})
+        for made in _tensors(result):
+            self._note(made.untyped_storage())
         self.peak = max(self.peak, self.now)
         return result
 
@@ -62,6 +61,89 @@ class LiveBytes(TorchDispatchMode):
 
         self._alive[key] = weakref.ref(storage, forget)
         self.now += size
+
+
+_made: dict[tuple[Any, ...], Any] = {}
+"""What operators make of arguments of some shapes on `meta`; None where it is no new tensor."""
+
+
+def _run(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+    """The result of an operator; if there is no data, shapes seen before are not asked for again.
+
+    Torch works them out in Python, which takes a hundred times as long.
+    """
+    given = list(_tensors((args, kwargs.values())))
+    if not given or any(type(x) not in (Tensor, nn.Parameter) or not x.is_meta for x in given):
+        return func(*args, **kwargs)
+    key = (func, _described(args), *((name, _described(x)) for name, x in kwargs.items()))
+    known = _made.get(key)
+    if known is not None:
+        made = tuple(
+            torch.empty_strided(*shape, dtype=kind, device="meta") for *shape, kind in known
+        )
+        return made if len(func._schema.returns) > 1 else made[0]
+    result = func(*args, **kwargs)
+    if key not in _made:
+        storages = {x.untyped_storage()._cdata for x in given}
+        made = result if isinstance(result, tuple) else (result,)
+        is_new = all(
+            isinstance(x, Tensor) and x.untyped_storage()._cdata not in storages for x in made
+        )
+        _made[key] = _described(made) if is_new else None
+    return result
+
+
+def _tensors(found: Any) -> Iterator[Tensor]:
+    """Those in what an operator takes or makes."""
+    if isinstance(found, Tensor):
+        yield found
+    elif isinstance(found, (list, tuple, ValuesView)):
+        for x in found:
+            yield from _tensors(x)
+
+
+def _described(found: Any) -> Any:
+    """An argument of an operator as far as shapes follow from it; 1, 1.0 and True differ."""
+    if isinstance(found, Tensor):
+        return found.shape, found.stride(), found.dtype
+    if isinstance(found, (list, tuple)):
+        return tuple(_described(x) for x in found)
+    return type(found), found
+
+
+class AdaptedLinear(nn.Module):
+    """A linear layer with the factors of an adapter, as `peft` computes it.
+
+    That library takes longer to load than a forecast takes.
+
+    Args:
+        base: The layer, which is frozen.
+        rank: Of the factors.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        device = base.weight.device
+        self.first = nn.Linear(base.in_features, rank, bias=False, device=device)
+        self.second = nn.Linear(rank, base.out_features, bias=False, device=device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's result and that of the factors, which are given float32."""
+        result = self.base(x)
+        kind, x = result.dtype, x.float()  # held until the end
+        result = result + self.second(self.first(x)) * 0.5  # alpha / rank, of any value
+        return result.to(kind)
+
+
+def adapt(network: VideoTransformer, rank: int, targets: Sequence[str]) -> None:
+    """Freeze a network and put `AdaptedLinear` in place of the layers that are targets."""
+    network.requires_grad_(False)
+    for name in target_layers(network, targets, key="lora.targets"):
+        parent, _, child = name.rpartition(".")
+        layer = network.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        setattr(network.get_submodule(parent), child, AdaptedLinear(layer, rank))
 
 
 class Attention(torch.autograd.Function):
@@ -151,7 +233,7 @@ class FilledCache:
         types: tuple[torch.dtype, torch.dtype],
     ) -> None:
         self.shape = (samples, network.num_heads, count, network.head_dim)
-        self.types = types
+        self.types, self.device = types, network.patch_embedding.weight.device
         self.frames = 0
 
     def begin(self, count: int) -> None:
@@ -160,14 +242,16 @@ class FilledCache:
 
     def positions(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Of the block's tokens."""
-        found = grid_positions(torch.arange(self.frames), *grid)
+        found = grid_positions(torch.arange(self.frames, device=self.device), *grid)
         return found, found
 
     def past(self, layer: int) -> Past | None:
         """What a layer reads."""
         if not self.shape[2]:
             return None
-        keys, values = (torch.empty(self.shape, dtype=kind) for kind in self.types)
+        keys, values = (
+            torch.empty(self.shape, dtype=kind, device=self.device) for kind in self.types
+        )
         return Past(keys, values, None, Attending())
 
 

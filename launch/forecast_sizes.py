@@ -4,13 +4,15 @@ import json
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 
 import torch
 from torch import nn
 
 from configs.schema import LoraConfig, RunConfig
 from launch.geometry import network_config
-from train.lora import add_adapter
+from launch.student import head_from_config, outline
+from train.lora import target_layers
 from train.shares import FLOAT
 
 
@@ -47,22 +49,21 @@ def network_sizes(config: RunConfig, name: str, lora: LoraConfig | None = None) 
 
 @lru_cache(maxsize=64)
 def _sizes(config: str, kind: str, adapter: tuple[int, tuple[str, ...]] | None) -> Sizes:
-    from launch.student import head_from_config, transformer_from_config
-
     sizes = json.loads(config)
-    with torch.device("meta"):
-        if kind == "head":
+    if kind == "head":
+        with torch.device("meta"):
             network: nn.Module = head_from_config(sizes)
-        else:
-            network = transformer_from_config(sizes["model"])
-        if adapter is not None:
-            settings = LoraConfig(rank=adapter[0], targets=list(adapter[1]))
-            add_adapter(network, settings, seed=0, key="lora")
-    parameters = list(network.parameters())
-    return Sizes(
-        trained=tuple(p.numel() for p in parameters if p.requires_grad),
-        frozen=tuple(p.numel() for p in parameters if not p.requires_grad),
-    )
+    else:
+        network = outline(sizes["model"])
+    whole = tuple(parameter.numel() for parameter in network.parameters())
+    if adapter is None:
+        return Sizes(trained=whole)
+    rank, targets = adapter
+    names = target_layers(network, targets, key="lora")
+    shapes = (network.get_parameter(f"{name}.weight").shape for name in names)
+    # Of its two factors, the one that reads inputs comes first.
+    factors = ((rank * inputs, rank * outputs) for outputs, inputs in shapes)
+    return Sizes(trained=tuple(chain.from_iterable(factors)), frozen=whole)
 
 
 def data_bytes(config: RunConfig) -> dict[str, int]:

@@ -4,8 +4,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from configs.checks import require_budgets, require_paths
 from configs.errors import ConfigError
 from configs.load import config_hash, nearest, parse_section, save_config, to_dict
@@ -18,7 +16,7 @@ from data.text import text_identity
 from launch.export import find_export, read_manifest
 from launch.source import fingerprint, list_videos, write_list
 from launch.steps import Step, is_leader, run_one_step, run_steps
-from launch.student import transformer_from_config
+from launch.student import outline
 from models.kv_policies import build_policy
 from train.kind import rank_share
 from train.kinds import stage_kind
@@ -153,8 +151,7 @@ def _check_lora(stage: StageConfig, key: str, config: RunConfig) -> None:
     """Check that every target of adapters names a layer of the network."""
     if stage.lora is not None:
         require_peft()
-        with torch.device("meta"):
-            network = transformer_from_config(to_dict(config.model))
+        network = outline(to_dict(config.model))
         target_layers(network, stage.lora.targets, key=f"{key}.lora.targets")
 
 

@@ -12,7 +12,7 @@ from configs.schema import RunConfig
 from launch.geometry import network_config
 from launch.plan import check_stages, plan_steps, run_folder
 from launch.steps import is_complete, step_keys
-from launch.student import head_from_config, transformer_from_config
+from launch.student import head_from_config, outline
 from train.kinds import stage_kind
 
 
@@ -54,12 +54,10 @@ def _settings(config: RunConfig) -> dict[str, Any]:
 
 
 def _parameters(config: RunConfig) -> Iterator[tuple[str, int]]:
+    sizes = network_config(config)
     with torch.device("meta"):
-        sizes = network_config(config)
-        networks = {
-            "transformer": transformer_from_config(sizes["model"]),
-            "head": head_from_config(sizes),
-        }
+        head = head_from_config(sizes)
+    networks = {"transformer": outline(sizes["model"]), "head": head}
     for name, network in networks.items():
         yield name, sum(parameter.numel() for parameter in network.parameters())
 

@@ -1,6 +1,7 @@
 """A trained student as sampling and evaluation use it: network, head, codec, text, sampler."""
 
 import functools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,6 +156,20 @@ def transformer_from_config(model: dict[str, Any]) -> VideoTransformer:
     """A transformer of the sizes in a manifest or resolved config, with fresh weights."""
     sizes = {key: value for key, value in model.items() if key != "frames_per_block"}
     return VideoTransformer(**sizes | {"patch_size": tuple(model["patch_size"])})
+
+
+def outline(model: dict[str, Any]) -> VideoTransformer:
+    """A transformer on the meta device, for its names and shapes.
+
+    The same one is returned for the same sizes, so it must not be changed.
+    """
+    return _outline(json.dumps(model, sort_keys=True))
+
+
+@functools.lru_cache(maxsize=8)
+def _outline(model: str) -> VideoTransformer:
+    with torch.device("meta"):
+        return transformer_from_config(json.loads(model))
 
 
 def head_from_config(config: dict[str, Any]) -> SalienceHead:

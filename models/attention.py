@@ -1,7 +1,7 @@
 """Rotary positions over (frame, row, column), self- and cross-attention of Wan2.1, causal masks."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -77,6 +77,10 @@ def block_causal_mask(num_blocks: int, block_len: int) -> Tensor:
     return block[:, None] >= block[None, :]
 
 
+SPAN_BLOCKS, SPAN_TOKENS = 4, 512
+"""Most blocks of a span of queries, and most tokens if it has several blocks."""
+
+
 @dataclass
 class QueryGroup:
     """The queries of one span of [clean | noisy]: a sparse mask is a list of these.
@@ -93,7 +97,21 @@ class QueryGroup:
     mask: Tensor
 
 
-def teacher_forcing_mask(visible: Tensor, block_len: int) -> Tensor:
+def teacher_forcing_spans(num_blocks: int, block_len: int) -> list[int]:
+    """How many blocks each span of queries has under teacher forcing.
+
+    The keys of a span are those of its last block: longer spans mean fewer calls, and more pairs
+    that are computed and masked.
+    """
+    most = min(SPAN_BLOCKS, max(1, SPAN_TOKENS // block_len))
+    count = -(-num_blocks // most)
+    bounds = [num_blocks * i // count for i in range(count + 1)]
+    return [stop - start for start, stop in itertools.pairwise(bounds)]
+
+
+def group_teacher_forcing(
+    visible: Tensor, block_len: int, spans: Sequence[int]
+) -> list[QueryGroup]:
     """Mask of the sequence [clean | noisy] that trains all blocks of a video in one pass.
 
     A clean query reads the clean tokens of its own and earlier blocks; a noisy query reads the
@@ -103,41 +121,19 @@ def teacher_forcing_mask(visible: Tensor, block_len: int) -> Tensor:
     Args:
         visible: Whether a query may read an earlier clean token.  [B, S, S] or [1, S, S]
         block_len: Tokens of a block.
-
-    Returns:
-        True where a query may read a key.  [B, 1, 2 S, 2 S]
+        spans: Blocks of each group of queries, such as `teacher_forcing_spans`.
     """
-    num_tokens = visible.shape[-1]
-    block = torch.arange(num_tokens, device=visible.device) // block_len
-    age = block[:, None] - block[None, :]
-    mask = visible.new_zeros(visible.shape[0], 2 * num_tokens, 2 * num_tokens)
-    mask[:, :num_tokens, :num_tokens] = (age == 0) | ((age > 0) & visible)
-    mask[:, num_tokens:, :num_tokens] = (age > 0) & visible
-    mask[:, num_tokens:, num_tokens:] = age == 0
-    return mask[:, None]
-
-
-def group_teacher_forcing(mask: Tensor, block_len: int, num_groups: int) -> list[QueryGroup]:
-    """The same mask without the keys that no query may read.
-
-    The video is cut into `num_groups` spans of whole blocks. The clean and noisy queries of a span
-    read the clean tokens up to its end and its own noisy tokens: with many spans a quarter of the
-    full square.
-
-    Args:
-        mask: From `teacher_forcing_mask`.  [B, 1, 2 S, 2 S]
-        block_len: Tokens of a block.
-        num_groups: Spans, at most the number of blocks.
-    """
-    num_tokens = mask.shape[-1] // 2
-    num_blocks = num_tokens // block_len
-    bounds = [num_blocks * i // num_groups * block_len for i in range(num_groups + 1)]
-    halves = mask.unflatten(3, (2, -1)).unflatten(2, (2, -1))  # [B, 1, 2, S, 2, S]
-    groups = []
-    for start, stop in itertools.pairwise(bounds):
-        rows = halves[:, :, :, start:stop].flatten(2, 3)
-        clean, noisy = rows[:, :, :, 0, :stop], rows[:, :, :, 1, start:stop]
-        groups.append(QueryGroup(stop - start, torch.cat([clean, noisy], dim=3)))
+    block = torch.arange(visible.shape[-1], device=visible.device) // block_len
+    groups, start = [], 0
+    for blocks in spans:
+        stop = start + blocks * block_len
+        age = block[start:stop, None] - block[:stop]
+        earlier, own = visible[:, start:stop, :stop] & (age > 0), age == 0
+        unread = torch.zeros_like(earlier[..., start:])
+        clean = torch.cat([earlier | own, unread], dim=2)
+        noisy = torch.cat([earlier, own[:, start:].expand_as(unread)], dim=2)
+        groups.append(QueryGroup(stop - start, torch.cat([clean, noisy], dim=1)[:, None]))
+        start = stop
     return groups
 
 

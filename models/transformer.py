@@ -237,7 +237,7 @@ class VideoTransformer(nn.Module):
         x = self.patch_embedding(latents.transpose(1, 2)).flatten(2).transpose(1, 2)  # [B, S, E]
         time, modulation = self.embed_time(sigma)
         text = self.text_embedding(text)
-        positions, around = self._surroundings(latents, frames, mask, cache)
+        positions, around = self._surroundings(latents, frames, mask, cache, x.dtype)
         unneeded = 0 if wanted is None else latents.shape[1] - wanted  # frames
         for layer, block in enumerate(self.blocks):
             assert isinstance(block, Block)
@@ -272,8 +272,12 @@ class VideoTransformer(nn.Module):
         frames: Tensor | None,
         mask: Tensor | list[QueryGroup] | None,
         cache: KVCache | None,
+        dtype: torch.dtype,
     ) -> tuple[Tensor, Surroundings]:
-        """True positions of the tokens, [S, 3], and what is the same for all layers."""
+        """True positions of the tokens, [S, 3], and what is the same for all layers.
+
+        Masks are added to scores in the precision of the products, `dtype`.
+        """
         grid = self.token_grid(latents)
         if cache is None:
             every = torch.arange(latents.shape[1], device=latents.device)
@@ -288,7 +292,7 @@ class VideoTransformer(nn.Module):
             positions, shown = cache.positions(grid)
         angles = rotary_angles(shown, self.head_dim, self.rope_theta)
         probe = self.probe if cache is None and mask is None else None
-        return positions, Surroundings(angles, self._additive(mask, latents.dtype), probe)
+        return positions, Surroundings(angles, self._additive(mask, dtype), probe)
 
     def _run(
         self, block: Block, x: Tensor, modulation: Tensor, text: Tensor, around: Surroundings

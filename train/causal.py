@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from data.batches import LatentBatch
-from models.attention import QueryGroup, group_teacher_forcing, teacher_forcing_mask
+from models.attention import QueryGroup, group_teacher_forcing, teacher_forcing_spans
 from models.flow import add_noise, sampling_sigmas, shift_sigma
 from train.kinds import CausalKind, CausalParams
 from train.losses import flow_matching_loss
@@ -86,12 +86,8 @@ class Causal(CausalKind, Stage):
             )
         else:
             visible = torch.ones(1, num_tokens, num_tokens, dtype=torch.bool)
-        dense = teacher_forcing_mask(visible.to(device), self.block_len)
-        return group_teacher_forcing(dense, self.block_len, self.num_groups(num_frames))
-
-    def num_groups(self, num_frames: int) -> int:
-        """Spans of about four blocks: fewer unread keys, few calls."""
-        return max(1, num_frames // self.frames_per_block // 4)
+        spans = teacher_forcing_spans(num_frames // self.frames_per_block, self.block_len)
+        return group_teacher_forcing(visible.to(device), self.block_len, spans)
 
     def sampler_sigmas(self) -> tuple[list[float], bool]:
         """Euler steps along the velocity."""

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 
 from models.attention import (
@@ -10,7 +11,7 @@ from models.attention import (
     rotary_angles,
     rotary_axis_sizes,
     rotate,
-    teacher_forcing_mask,
+    teacher_forcing_spans,
 )
 from models.kv_policies import build_policy
 from models.kv_spec import CacheSpec
@@ -127,24 +128,65 @@ def nested_loops(num_blocks: int, block_len: int, visible: torch.Tensor) -> torc
     return mask
 
 
-def test_teacher_forcing_mask_equals_two_nested_loops():
+@pytest.mark.parametrize("spans", [[4], [1, 3], [2, 1, 1]])
+def test_groups_hold_what_two_nested_loops_find(spans):
     visible = torch.rand(12, 12, generator=torch.Generator().manual_seed(0)) < 0.5
-    mask = teacher_forcing_mask(visible[None], 3)
-    assert torch.equal(mask[0, 0], nested_loops(4, 3, visible))
+    dense = nested_loops(4, 3, visible)
+    found, read = torch.zeros_like(dense), torch.zeros_like(dense)
+    start = 0
+    for group in group_teacher_forcing(visible[None], 3, spans):
+        stop = start + group.size
+        span = torch.arange(start, stop)
+        rows = torch.cat([span, 12 + span])[:, None]
+        keys = torch.cat([torch.arange(stop), 12 + span])
+        found[rows, keys], read[rows, keys] = group.mask[0, 0], True
+        start = stop
+    assert torch.equal(found, dense)
+    assert not (dense & ~read).any()
 
 
-@pytest.mark.parametrize("num_groups", [1, 2, 3, 5])
-def test_grouped_mask_equals_the_dense_one(num_groups):
+@pytest.mark.parametrize(
+    ("num_blocks", "block_len", "spans"),
+    [
+        (7, 4680, [1] * 7),  # Wan at 480 x 832
+        (12, 16, [4, 4, 4]),
+        (7, 16, [3, 4]),
+        (7, 200, [1, 2, 2, 2]),
+        (1, 16, [1]),
+    ],
+)
+def test_spans_have_at_most_four_blocks_and_few_tokens(num_blocks, block_len, spans):
+    assert teacher_forcing_spans(num_blocks, block_len) == spans
+
+
+@pytest.mark.parametrize("spans", [[5], [2, 3], [1, 2, 2], [1] * 5])
+def test_grouped_mask_equals_the_dense_one(spans):
     network = make()
     latents, text = torch.randn(2, 20, 16, 2, 3), torch.randn(2, 4, 20)
     sigma = torch.rand(2, 20)
     visible = torch.rand(2, 60, 60) < 0.5
-    mask = teacher_forcing_mask(visible, 12)
+    mask = torch.stack([nested_loops(5, 12, one) for one in visible])[:, None]
     frames = torch.arange(10).repeat(2)
     dense = network(latents, sigma, text, frames=frames, mask=mask)
-    groups = group_teacher_forcing(mask, 12, num_groups)
+    groups = group_teacher_forcing(visible, 12, spans)
     grouped = network(latents, sigma, text, frames=frames, mask=groups)
     torch.testing.assert_close(grouped, dense, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masks_are_added_in_the_precision_of_the_products(dtype, monkeypatch):
+    network, attend, masks = make(), F.scaled_dot_product_attention, []
+
+    def noted(*args, attn_mask=None, **rest):
+        masks.extend([] if attn_mask is None else [attn_mask])
+        return attend(*args, attn_mask=attn_mask, **rest)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    given = torch.randn(1, 4, 16, 2, 3), torch.rand(1, 4), torch.randn(1, 4, 20)
+    groups = group_teacher_forcing(torch.ones(1, 12, 12, dtype=torch.bool), 6, [1, 1])
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        network(*given, frames=torch.arange(2).repeat(2), mask=groups)
+    assert {mask.dtype for mask in masks} == {dtype}
 
 
 def full_cache(network, num_samples):
@@ -193,7 +235,7 @@ def test_noisy_half_equals_cached_denoising_of_every_block():
             torch.cat([torch.zeros_like(sigma), sigma], dim=1),
             text,
             frames=torch.arange(6).repeat(2),
-            mask=teacher_forcing_mask(everything, 12),
+            mask=group_teacher_forcing(everything, 12, [1, 2]),
             wanted=6,
         )
         for f in range(0, 6, 2):
@@ -220,8 +262,8 @@ def test_wanted_frames_are_the_last_of_all_with_the_same_gradients(kind):
     if kind == "dense":
         given["mask"] = block_causal_mask(4, 12)[None, None]
     if kind == "grouped":
-        dense = teacher_forcing_mask(torch.ones(1, 24, 24, dtype=torch.bool), 12)
-        given["mask"] = group_teacher_forcing(dense, 12, 2)
+        everything = torch.ones(1, 24, 24, dtype=torch.bool)
+        given["mask"] = group_teacher_forcing(everything, 12, [1, 1])
 
     def answers(**more):
         if kind == "cached":
