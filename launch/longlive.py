@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from launch.formats import LORA, unwrapped
@@ -82,8 +83,11 @@ def read_adapter(path: Path) -> Adapter:
 def merge(tensors: dict[str, Tensor], adapter: Adapter, *, alpha: float) -> None:
     """Add a LoRA to the weights of its layers: W + alpha / rank * B A, see `merge_into`.
 
+    In place, layer by layer: of a mapped file the pages that are written become memory of this
+    process and others stay away, so that there is one copy, and the file stays as it is.
+
     Args:
-        tensors: Of the whole network, by native name; those of the layers are replaced.
+        tensors: Of the whole network, by native name; those of the layers change.
         adapter: What is added.
         alpha: What it was trained with.
 
@@ -99,7 +103,13 @@ def merge(tensors: dict[str, Tensor], adapter: Adapter, *, alpha: float) -> None
                 f"{str(adapter.file)!r} must belong to the network it is merged into, but its "
                 f"{layer!r} is for {shape}, found {found}; give the base it was trained on"
             )
-    merge_into(tensors, adapter.tensors(), scale=alpha / adapter.rank)
+    factors = adapter.tensors()
+    for layer in adapter.factors:
+        name, parts = f"{layer}.weight", (f"{layer}.lora_A.weight", f"{layer}.lora_B.weight")
+        merged = {name: tensors[name]}
+        merge_into(merged, {part: factors[part] for part in parts}, scale=alpha / adapter.rank)
+        with torch.no_grad():  # the tensors of a file may be parameters
+            tensors[name].copy_(merged[name])
 
 
 def _paired(path: Path, parts: Mapping[str, Mapping[str, Tensor]]) -> Adapter:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from data.files import file_sha256
 from tests.launch.checkpoints import random_weights, write_native
 from tests.models.small import WAN_1_3B
 
@@ -31,6 +32,15 @@ if form == "native":
     write_native(Path(path), weights, geometry=geometry)
 else:
     write_self_forcing(Path(path) / "model.pt", ema=weights)
+if form == "longlive":
+    layers = [name for name in weights if name.endswith(".weight") and ".norm" not in name]
+    layers = [name.removesuffix(".weight") for name in layers if name.startswith("blocks.")]
+    factors = {}
+    for layer in layers:
+        outputs, inputs = weights[f"{layer}.weight"].shape
+        factors[f"base_model.model.{layer}.lora_A.weight"] = torch.ones(2, inputs)
+        factors[f"base_model.model.{layer}.lora_B.weight"] = torch.ones(outputs, 2)
+    torch.save({"generator_lora": factors}, Path(path) / "lora.pt")
 """
 IMPORT = """
 import sys
@@ -104,3 +114,20 @@ def test_neither_an_import_nor_a_load_holds_a_second_copy(tmp_path):
     remove(out)
     assert 0.9 * size < peak - before <= 1.1 * size
     assert loaded - idle <= 0.1 * size, "what nobody looks at must not be read"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_lora_is_merged_in_the_one_copy_that_is_held(tmp_path):
+    small = write_native(tmp_path / "small", random_weights())
+    source, out = tmp_path / "long", tmp_path / "in"
+    make("longlive", source, 4)
+    base = source / "model.pt"
+    size, written = base.stat().st_size, file_sha256(base)
+    lora = ["--lora", source / "lora.pt", "--lora-alpha", 2]
+    before, peak = memory_of(IMPORT, small, base, out, *lora)
+    assert file_sha256(base) == written, "the file that is merged into stays as it is"
+    remove(source)
+    remove(out)
+    buffer = 4 * WAN_1_3B.ffn_dim * WAN_1_3B.num_heads * WAN_1_3B.head_dim  # of the largest layer
+    assert 0.9 * size < peak - before <= 1.1 * size + 3 * buffer
