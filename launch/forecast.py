@@ -17,6 +17,7 @@ from configs.schema import RunConfig
 from launch.forecast_flops import pass_flops
 from launch.forecast_knobs import Cluster, Knob, find_knobs, with_recomputation
 from launch.forecast_memory import StageMeter
+from launch.forecast_networks import Like, missing_inputs, read_like
 from launch.forecast_passes import step_passes
 from launch.plan import check_stages
 from train.hardware import PEAK_FLOPS
@@ -34,6 +35,8 @@ class StageForecast:
     Attributes:
         name: Of the stage.
         kind: Of the stage.
+        networks: Parameters of each network, adapters among them.
+        missing: Paths of inputs by role that are not there and count as the run's own model.
         device: Bytes at the fullest moment, by what they are for.
         moment: Which moment that is.
         other_activations: `activations` and `workspace` with `trainer.activation_checkpointing` the
@@ -56,6 +59,8 @@ class StageForecast:
 
     name: str
     kind: str
+    networks: dict[str, int]
+    missing: dict[str, str]
     device: dict[str, int]
     moment: str
     other_activations: int
@@ -92,6 +97,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus-per-node", **number, help="trainer.devices or 1 by default")  # type: ignore[arg-type]
     parser.add_argument("--stage", metavar="NAME", help="only this one")
     parser.add_argument(
+        "--like",
+        action="append",
+        default=[],
+        metavar="PATH=FILE",
+        help="count the input PATH, while it is not there, as `model` in the config FILE; may be "
+        "given several times",
+    )
+    parser.add_argument(
         "--efficiency",
         type=float,
         default=0.4,
@@ -113,7 +126,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     config = load_config(arguments.config)
     cluster = _cluster(config, arguments)
-    stages = forecast(config, cluster, stage=arguments.stage)
+    stages = forecast(config, cluster, stage=arguments.stage, like=read_like(arguments.like))
     say(table(config, cluster, stages))
     if arguments.json:
         record = {"cluster": dataclasses.asdict(cluster), "stages": [_record(s) for s in stages]}
@@ -123,7 +136,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def forecast(
-    config: RunConfig, cluster: Cluster, *, stage: str | None = None
+    config: RunConfig, cluster: Cluster, *, stage: str | None = None, like: Like | None = None
 ) -> list[StageForecast]:
     """What every stage takes.
 
@@ -131,9 +144,11 @@ def forecast(
         config: Of the run.
         cluster: Where it shall run.
         stage: Only this one.
+        like: Models that inputs are counted as which are not there, by path.
 
     Raises:
-        ConfigError: If the config cannot work on these ranks, or there is no such stage.
+        UserError: If the config cannot work on these ranks or with the inputs that are there, or
+            there is no such stage.
     """
     devices = {"devices": cluster.gpus_per_node, "num_nodes": cluster.nodes}
     check_world(config.trainer, World(SLURM, 0, **devices))
@@ -145,20 +160,23 @@ def forecast(
         )
     if not config.stages:
         raise ConfigError("a plan must have stages, found none; add some under stages")
-    return [_stage(config, name, cluster) for name in config.stages if stage in (None, name)]
+    names = [name for name in config.stages if stage in (None, name)]
+    return [_stage(config, name, cluster, like or {}) for name in names]
 
 
-def _stage(config: RunConfig, name: str, cluster: Cluster) -> StageForecast:
-    meter = StageMeter(config, name, cluster.ranks)
+def _stage(config: RunConfig, name: str, cluster: Cluster, like: Like) -> StageForecast:
+    meter = StageMeter(config, name, cluster.ranks, like)
     memory = meter.measure()
     flops, executed = _operations(config, name, meter)
     seconds = executed / (PEAK_FLOPS[cluster.gpu] * cluster.efficiency)
     is_on = config.trainer.activation_checkpointing
     other = with_recomputation(config, recomputes=not is_on)
-    moment = StageMeter(other, name, cluster.ranks).measure().moment
+    moment = StageMeter(other, name, cluster.ranks, like).measure().moment
     found = StageForecast(
         name=name,
         kind=meter.stage.kind,
+        networks={network: sum(meter.sizes(network).whole) for network in meter.models},
+        missing=missing_inputs(config, name, like),
         device=memory.device(meter.trained),
         moment=memory.moment.name,
         other_activations=moment.parts.get("activations", 0) + moment.parts.get("workspace", 0),
@@ -176,7 +194,7 @@ def _stage(config: RunConfig, name: str, cluster: Cluster) -> StageForecast:
         hours=seconds * meter.stage.steps / 3600,
     )
     if not found.fits:
-        found.knobs = find_knobs(config, name, cluster)
+        found.knobs = find_knobs(config, name, cluster, like)
     return found
 
 
@@ -184,7 +202,7 @@ def _operations(config: RunConfig, name: str, meter: StageMeter) -> tuple[float,
     """Of a mean step on one rank: those of the model, and those that are executed."""
     flops = executed = 0.0
     for found in step_passes(config, name):
-        cost = pass_flops(config, found, meter.lora(found.network))
+        cost = pass_flops(meter.config_of(found.network), found, meter.lora(found.network))
         count = found.count * meter.share
         flops += count * (cost.forward + cost.backward)
         if config.trainer.activation_checkpointing:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from configs.errors import ConfigError
 from configs.schema import LoraConfig, RunConfig
 from launch.forecast_memory import StageMeter
+from launch.forecast_networks import Like
 from launch.plan import check_stages
 from train.hardware import MEMORY_GB
 from train.kinds import stage_kind
@@ -64,15 +65,13 @@ SMALLER = {"budgets": "tokens", "budget_tokens": "tokens", "chunk_frames": "fram
 """Settings of stages that may be lower by a block, and what they count."""
 
 
-def find_knobs(config: RunConfig, name: str, cluster: Cluster) -> list[Knob]:
+def find_knobs(config: RunConfig, name: str, cluster: Cluster, like: Like) -> list[Knob]:
     """What single settings would do; if none is enough, the best of them together."""
     plan, labels, used, least = (config, cluster), [], set(), math.inf
-    turned = [_turned(turn.label, turn.plan, name) for turn in _turns(plan, name)]
+    turned = [_turned(turn, name, like) for turn in _turns(plan, name)]
     while not any(knob.fits for knob in turned):
         options = [
-            (_turned(turn.label, turn.plan, name), turn)
-            for turn in _turns(plan, name)
-            if turn.key not in used
+            (_turned(turn, name, like), turn) for turn in _turns(plan, name) if turn.key not in used
         ]
         if not options:
             break
@@ -88,11 +87,11 @@ def find_knobs(config: RunConfig, name: str, cluster: Cluster) -> list[Knob]:
     return turned
 
 
-def _turned(label: str, plan: Plan, name: str) -> Knob:
-    config, cluster = plan
-    meter = StageMeter(config, name, cluster.ranks)
+def _turned(turn: "Turn", name: str, like: Like) -> Knob:
+    config, cluster = turn.plan
+    meter = StageMeter(config, name, cluster.ranks, like)
     size = sum(meter.measure().device(meter.trained).values())
-    return Knob(label, size, size <= cluster.usable_bytes)
+    return Knob(turn.label, size, size <= cluster.usable_bytes)
 
 
 class Turn(NamedTuple):

@@ -6,15 +6,22 @@ Parameters, gradients, optimiser states and the cache are exact; what a pass tak
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
-from configs.load import to_dict
-from configs.schema import LoraConfig, RunConfig
+from configs.schema import LoraConfig, ModelConfig, RunConfig
 from data.targets import STORED
 from launch.forecast_activations import Geometry, PassMemory, pass_memory
 from launch.forecast_meta import kv_types
 from launch.forecast_moments import MOMENTS, Moment
+from launch.forecast_networks import (
+    Like,
+    exported_bytes,
+    mapped_bytes,
+    stage_models,
+    with_model,
+)
 from launch.forecast_passes import Pass, stage_params
 from launch.forecast_sizes import Sizes, network_sizes
 from launch.geometry import token_grid
@@ -77,23 +84,27 @@ class StageMeter:
         config: Of the run, checked.
         name: Of the stage.
         world: Ranks.
+        like: Models of inputs that are not there, by path.
+
+    Attributes:
+        models: Geometry of every network of the stage.
     """
 
-    def __init__(self, config: RunConfig, name: str, world: int) -> None:
+    def __init__(self, config: RunConfig, name: str, world: int, like: Like | None = None) -> None:
         self.config, self.name, self.world = config, name, world
         self.stage, self.params = config.stages[name], stage_params(config, name)
         self.kind: type[StageKind] = stage_kind(self.stage.kind)
         self.trained, self.frozen = list(self.kind.network_sources), list(self.kind.frozen_sources)
         self.share = rank_share(self.stage, world)
         self.samples = self.stage.micro_batch or self.share
+        self.like = like or {}
+        self.models = stage_models(config, name, self.like)
         model = config.model
         self.width, self.layers = model.num_heads * model.head_dim, model.num_layers
         self.tokens = self.stage.frames * config.frame_seq_len
-        sizes = {key: value for key, value in to_dict(model).items() if key != "frames_per_block"}
-        sizes["patch_size"] = tuple(model.patch_size)
         grid = token_grid(config)
         self.geometry = Geometry(
-            network=tuple(sorted(sizes.items())),
+            network=_arguments(model),
             block=model.frames_per_block,
             size=(grid[0] * model.patch_size[1], grid[1] * model.patch_size[2]),
             rows=config.text.length,
@@ -108,7 +119,11 @@ class StageMeter:
 
     def sizes(self, network: str) -> Sizes:
         """Elements of the parameters of a network of the stage."""
-        return network_sizes(self.config, network, self.lora(network))
+        return network_sizes(self.config_of(network), network, self.lora(network))
+
+    def config_of(self, network: str) -> RunConfig:
+        """The config of the run, with the geometry of this network for all."""
+        return with_model(self.config, self.models[network])
 
     def measure(self) -> StageMemory:
         """All of it."""
@@ -122,7 +137,7 @@ class StageMeter:
             host_start=self._host_start(),
             host=self._host(shares),
             host_end=self._exported(),
-            mapped=self._mapped(),
+            mapped=mapped_bytes(self.config, self.name, self.like),
             disk=self._disk(),
         )
 
@@ -156,7 +171,8 @@ class StageMeter:
 
     def passed(self, found: Pass) -> PassMemory:
         """Memory of a pass over the samples of a micro-batch."""
-        geometry, lora = self.geometry, self.lora(found.network)
+        lora, model = self.lora(found.network), self.models[found.network]
+        geometry = replace(self.geometry, network=_arguments(model))
         if lora is not None:
             geometry = replace(geometry, adapter=(lora.rank, tuple(lora.targets)))
         recomputes = self.config.trainer.activation_checkpointing and found.with_grad
@@ -190,16 +206,6 @@ class StageMeter:
         fresh = [name for name in self.trained if not self.kind.network_sources[name]]
         return {"fresh networks": FLOAT * sum(sum(self.sizes(name).whole) for name in fresh)}
 
-    def _mapped(self) -> int:
-        """In float32, as stages export; imported files may be half as large."""
-        total = 0
-        for origin in self.stage.inputs.values():
-            stems = ["transformer"]
-            if origin in self.config.stages:
-                stems = list(stage_kind(self.config.stages[origin].kind).exported)
-            total += sum(FLOAT * sum(network_sizes(self.config, stem).whole) for stem in stems)
-        return total
-
     def _host(self, shares: dict[str, Share]) -> dict[str, int]:
         trained = [shares[name] for name in self.trained]
         copies = 2 if self.kind.restarts_at_snapshot else 1
@@ -226,9 +232,7 @@ class StageMeter:
         kept = stage.keep + 1 + (stage.steps // stage.keep_every if stage.keep_every else 0)
         kept = min(kept, stage.steps // stage.checkpoint_every + 1)
         found = {f"{kept} checkpoints": kept * self.checkpoint_bytes()}
-        found["export"] = sum(
-            FLOAT * sum(self.sizes(name).whole) for name in self.kind.exported.values()
-        )
+        found["export"] = exported_bytes(self.config, self.name, self.like)
         if self.stage.kind == "salience" and self.params.targets == STORED:
             found["targets per clip"] = 2 * self.layers * self.tokens * len(PARTS)
         return found
@@ -240,6 +244,12 @@ class StageMeter:
             shares[name].saved * (self.world if shares[name].masters else 1)
             for name in self.trained
         )
+
+
+def _arguments(model: ModelConfig) -> tuple[tuple[str, Any], ...]:
+    """Of `VideoTransformer`."""
+    sizes = {key: value for key, value in vars(model).items() if key != "frames_per_block"}
+    return tuple(sorted((sizes | {"patch_size": tuple(model.patch_size)}).items()))
 
 
 def below(network: str) -> str:

@@ -56,9 +56,9 @@ def _causal(meter: StageMeter) -> list[Moment]:
 
 
 def _salience(meter: StageMeter) -> list[Moment]:
-    frames, b, model = meter.stage.frames, meter.samples, meter.config.model
+    frames, b, heads = meter.stage.frames, meter.samples, meter.models["teacher"].num_heads
     # What `attend_with_targets` holds of a layer: the log-sum-exp, three maxima; then the targets.
-    extra = b * meter.tokens * FLOAT * (4 * model.num_heads + len(PARTS) * meter.layers)
+    extra = b * meter.tokens * FLOAT * (4 * heads + len(PARTS) * meter.layers)
     moments = []
     if meter.params.targets != STORED:
         asked = meter.passed(Pass("teacher", frames, wanted=0, attention=PROBED))
@@ -133,7 +133,7 @@ def _matching(
     kept = sum(memory.kept for memory in blocks)
     before, workspace = kept - blocks[-1].kept, blocks[-1].backward - blocks[-1].kept
     waiting = meter.bytes_until_summed() if len(blocks) > 1 else 0
-    judged = meter.passed(Pass("critic", frames))  # takes no less than the teacher
+    judged = max(meter.passed(Pass(judge, frames)).forward for judge in ("teacher", "critic"))
     cache = {"KV_cache": meter.cache_bytes(last, features), "rotated_keys": 0}
     if not meter.config.trainer.activation_checkpointing:
         cache["rotated_keys"] = meter.rotated_bytes(last)  # else kept for the backward pass anyway
@@ -142,7 +142,7 @@ def _matching(
         cache["KV_cache"] += lasting["KV_cache"] - own
     return [
         _moment("rollout", kept, before + blocks[-1].forward, **cache),
-        _moment("scores", kept, kept + judged.forward, **lasting),
+        _moment("scores", kept, kept + judged, **lasting),
         _moment("student's first block back", kept, kept + workspace, **lasting),
         _moment(
             "student's next block back", before, before + workspace, **lasting, waiting=waiting

@@ -66,6 +66,18 @@ def _sizes(config: str, kind: str, adapter: tuple[int, tuple[str, ...]] | None) 
     return Sizes(trained=tuple(chain.from_iterable(factors)), frozen=whole)
 
 
+def clip_count(config: RunConfig) -> int:
+    """Clips that `encode` cuts from the world's videos.
+
+    Of videos of one's own neither number nor lengths are known: 1000.
+    """
+    source = config.source
+    if source.kind != "world":
+        return 1000
+    last = source.world.frames - 1 - (source.frames - 1) * source.every
+    return source.world.clips * (1 + last // source.stride if source.stride else 1)
+
+
 def data_bytes(config: RunConfig) -> dict[str, int]:
     """Bytes of a clip in the shards of latents, captions at their longest, tar headers left out."""
     frames = config.codec.latent_frames(config.source.frames)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from configs.errors import UserError
 from configs.schema import RunConfig
-from launch.forecast_sizes import data_bytes
+from launch.forecast_sizes import clip_count, data_bytes
 from train.hardware import MEMORY_GB
 
 if TYPE_CHECKING:
@@ -67,6 +67,12 @@ def _stage(stage: "StageForecast", cluster: "Cluster") -> list[str]:
         f"{stage.name} ({stage.kind}): {size(stage.device_bytes)} of "
         f"{size(stage.usable_bytes)}, {verdict}; fullest at: {stage.moment}"
     ]
+    lines += [
+        f"  {role}: {path} is not there; counted as the run's own model"
+        for role, path in stage.missing.items()
+    ]
+    counts = ", ".join(f"{name} {count:,}" for name, count in stage.networks.items())
+    lines.append(f"  networks           {counts} parameters, adapters among them")
     for part, count in stage.device.items():
         if count:
             mark = " " if part in EXACT else "~"
@@ -109,7 +115,7 @@ def _parts(parts: Mapping[str, int]) -> str:
 
 def _summary(config: RunConfig, stages: Sequence["StageForecast"]) -> list[str]:
     per_clip = data_bytes(config)
-    count = config.source.world.clips if config.source.kind == "world" else 1000
+    count = clip_count(config)
     is_guided = any(stage.is_guided for stage in config.stages.values())
     once = {"text.negative": per_clip["text"]} if is_guided else {}
     total = count * sum(per_clip.values()) + sum(once.values())

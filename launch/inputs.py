@@ -9,7 +9,6 @@ from configs.load import to_dict
 from configs.schema import RunConfig, StageConfig
 from launch.export import Export, load_export, open_export
 from launch.plan import run_folder
-from train.kind import StageKind
 from train.kinds import stage_kind
 
 
@@ -42,7 +41,7 @@ def load_inputs(
         export = load_export(path, role=_expected_role(stage_name, role))
         if role == "critic" and export.manifest["role"] != "teacher":
             export.tensors("critic")  # a student's export must hold one
-        _require_geometry(config, stage_kind(stage.kind), role, export)
+        _check_model(config, stage_name, role, export)
         exports[role] = export
     return exports
 
@@ -54,11 +53,26 @@ def check_inputs(config: RunConfig, stages: Iterable[str]) -> None:
         UserError: As in `load_inputs`.
     """
     for name in stages:
-        stage = config.stages[name]
-        for role, path in input_paths(config, stage).items():
-            if "/" in stage.inputs[role]:
-                export = open_export(path, role=_expected_role(name, role))
-                _require_geometry(config, stage_kind(stage.kind), role, export)
+        for role, origin in config.stages[name].inputs.items():
+            if "/" in origin:
+                open_input(config, name, role)
+
+
+def open_input(config: RunConfig, stage_name: str, role: str) -> Export:
+    """An export from outside of the run, without its weights.
+
+    Args:
+        config: Of the run.
+        stage_name: Of the stage.
+        role: One of those in its `inputs` that name a path.
+
+    Raises:
+        UserError: As in `load_inputs`.
+    """
+    path = Path(config.stages[stage_name].inputs[role])
+    export = open_export(path, role=_expected_role(stage_name, role))
+    _check_model(config, stage_name, role, export)
+    return export
 
 
 def _expected_role(stage_name: str, role: str) -> str | None:
@@ -71,22 +85,35 @@ def _expected_role(stage_name: str, role: str) -> str | None:
     return expected[role]
 
 
-def _require_geometry(config: RunConfig, cls: type[StageKind], role: str, export: Export) -> None:
+def _check_model(config: RunConfig, stage_name: str, role: str, export: Export) -> None:
+    found = model_of("critic" if role == "critic" else "transformer", export.manifest["config"])
+    require_geometry(config, stage_name, role, found, where=str(export.folder))
+
+
+def require_geometry(
+    config: RunConfig, stage_name: str, role: str, found: Mapping[str, Any], *, where: str
+) -> None:
     """Raise `UserError` unless the networks of an input can work together with those of the run.
 
     A student is the network of the run. A teacher is, too, if the student starts from it; if only
     what it says is read, it may have another size. A critic starts from what judges like a teacher.
+
+    Args:
+        config: Of the run.
+        stage_name: Of the stage.
+        role: Of the input.
+        found: Geometry of its network.
+        where: What has that geometry, for messages.
     """
-    wanted = to_dict(config.model)
+    wanted, cls = to_dict(config.model), stage_kind(config.stages[stage_name].kind)
     keys = [key for key in wanted if role == "student" or key != "frames_per_block"]
     starts = [source for source, _ in cls.network_sources.get("student", ())]
     if role != "student" and role not in starts:
         keys = list(cls.shared_geometry)
-    found = model_of("critic" if role == "critic" else "transformer", export.manifest["config"])
     wrong = [key for key in sorted(keys) if found.get(key) != wanted[key]]
     if wrong:
         raise UserError(
-            f"{export.folder} must hold the network of this run, but differs in model."
+            f"{where} must hold the network of this run, but differs in model."
             f"{', model.'.join(wrong)}; take another checkpoint or change the config"
         )
 
