@@ -224,7 +224,8 @@ class VideoWriter:
         self._stream.height, self._stream.width = height, width
         self._stream.pix_fmt = pixel_format
         self._stream.codec_context.thread_count = 1  # the same bytes on every machine
-        self._stream.options = {"crf": str(crf), "preset": preset}
+        # Its macroblock tree is not deterministic in small frames.
+        self._stream.options = {"crf": str(crf), "preset": preset, "x264-params": "mbtree=0"}
 
     def write(self, frames: Frames) -> None:
         """Append frames.
