@@ -99,6 +99,7 @@ class StageMeter:
         self.samples = self.stage.micro_batch or self.share
         self.like = like or {}
         self.models = stage_models(config, name, self.like)
+        self._configs = {key: with_model(config, model) for key, model in self.models.items()}
         model = config.model
         self.width, self.layers = model.num_heads * model.head_dim, model.num_layers
         self.tokens = self.stage.frames * config.frame_seq_len
@@ -123,7 +124,7 @@ class StageMeter:
 
     def config_of(self, network: str) -> RunConfig:
         """The config of the run, with the geometry of this network for all."""
-        return with_model(self.config, self.models[network])
+        return self._configs[network]
 
     def measure(self) -> StageMemory:
         """All of it."""

@@ -5,7 +5,7 @@ their places: attention by a kernel that keeps no scores, and the rules of autoc
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, ValuesView
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
@@ -72,7 +72,9 @@ def _run(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
 
     Torch works them out in Python, which takes a hundred times as long.
     """
-    given = list(_tensors((args, kwargs.values())))
+    if not _makes_tensors(func):
+        return func(*args, **kwargs)
+    given = list(_tensors((args, *kwargs.values())))
     if not given or any(type(x) not in (Tensor, nn.Parameter) or not x.is_meta for x in given):
         return func(*args, **kwargs)
     key = (func, _described(args), *((name, _described(x)) for name, x in kwargs.items()))
@@ -93,11 +95,17 @@ def _run(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
     return result
 
 
+@cache
+def _makes_tensors(func: Any) -> bool:
+    """Whether no result of an operator is, or looks into, one of its arguments."""
+    return all(result.alias_info is None for result in func._schema.returns)
+
+
 def _tensors(found: Any) -> Iterator[Tensor]:
     """Those in what an operator takes or makes."""
     if isinstance(found, Tensor):
         yield found
-    elif isinstance(found, (list, tuple, ValuesView)):
+    elif isinstance(found, (list, tuple)):
         for x in found:
             yield from _tensors(x)
 

@@ -133,7 +133,9 @@ def _matching(
     kept = sum(memory.kept for memory in blocks)
     before, workspace = kept - blocks[-1].kept, blocks[-1].backward - blocks[-1].kept
     waiting = meter.bytes_until_summed() if len(blocks) > 1 else 0
-    judged = max(meter.passed(Pass(judge, frames)).forward for judge in ("teacher", "critic"))
+    judged = meter.passed(Pass("critic", frames)).forward
+    if meter.models["teacher"] != meter.models["critic"]:  # else it takes no more than the critic
+        judged = max(judged, meter.passed(Pass("teacher", frames)).forward)
     cache = {"KV_cache": meter.cache_bytes(last, features), "rotated_keys": 0}
     if not meter.config.trainer.activation_checkpointing:
         cache["rotated_keys"] = meter.rotated_bytes(last)  # else kept for the backward pass anyway
