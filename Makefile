@@ -4,9 +4,9 @@ VENV ?= .venv
 PLAN ?= configs/demo.yaml
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
-# Two test files at a time, see tests/conftest.py.
+# Test files at a time.
 WORKERS ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: demo test test-slow lint install
 

@@ -1,9 +1,7 @@
-"""One guard for the whole suite: our five generic package names must be ours; and who runs what."""
+"""One guard for the whole suite: our five generic package names must be ours."""
 
 from importlib.util import find_spec
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -19,15 +17,3 @@ for _name in ("configs", "data", "launch", "models", "train"):
             f"package {_name!r} must be {ROOT / _name}, found {_origin(_name)}; another "
             "distribution owns this name: uninstall it, or run from the root of the repository"
         )
-
-
-RANKS = {"exact", "faults", "forecast_held", "lora", "nodes", "strategy", "watchdog"}
-"""Files whose tests start many processes; two of them at a time would starve each other."""
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests run in several processes, a file stays in one, and so do all of `RANKS`."""
-    for item in items:
-        name = item.path.stem.removeprefix("test_")
-        item.add_marker(pytest.mark.xdist_group("ranks" if name in RANKS else str(item.path)))
