@@ -285,7 +285,7 @@ class StageConfig:
     """One stage of the plan."""
 
     kind: str
-    """Which stage class runs, a name in the table of `launch/build.py`."""
+    """Which stage class runs, a name in `train.kinds.KINDS`."""
     steps: int
     batch: int
     """Samples of one optimiser step, over all ranks."""

@@ -126,7 +126,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     config = load_config(arguments.config)
     cluster = _cluster(config, arguments)
-    stages = forecast(config, cluster, stage=arguments.stage, like=read_like(arguments.like))
+    like = read_like(arguments.like, config)
+    stages = forecast(config, cluster, stage=arguments.stage, like=like)
     say(table(config, cluster, stages))
     if arguments.json:
         record = {"cluster": dataclasses.asdict(cluster), "stages": [_record(s) for s in stages]}

@@ -13,7 +13,7 @@ import torch
 from configs.errors import UserError
 from configs.load import load_config, to_dict
 from configs.schema import ModelConfig, RunConfig
-from launch.export import Export
+from launch.export import MANIFEST, Export
 from launch.forecast_sizes import network_sizes
 from launch.inputs import model_of, open_input, require_geometry
 from train.kinds import stage_kind
@@ -23,18 +23,29 @@ Like = Mapping[str, ModelConfig]
 """Models that exports are to be counted as which are not there, by their path."""
 
 
-def read_like(words: Sequence[str]) -> dict[str, ModelConfig]:
+def read_like(words: Sequence[str], config: RunConfig) -> dict[str, ModelConfig]:
     """Models by path, from words PATH=FILE, where FILE is a config.
 
+    Args:
+        words: From the command line.
+        config: Of the run.
+
     Raises:
-        UserError: If a word is of another form, or a config cannot be read.
+        UserError: If a word is of another form, a config cannot be read, or there is no such input
+            that is missing.
     """
+    missing = {path for name in config.stages for path in missing_inputs(config, name, {}).values()}
     found = {}
     for word in words:
         path, equals, file = word.partition("=")
         if not (path and equals and file):
             raise UserError(
                 f"--like must be PATH=FILE, an input and a config of its size, found {word!r}"
+            )
+        if path not in missing:
+            raise UserError(
+                f"--like {word} must name an input that is not there, found {sorted(missing)} as "
+                "such; name one of them as the config does, or leave it out"
             )
         found[path] = load_config([file]).model
     return found
@@ -64,7 +75,7 @@ def missing_inputs(config: RunConfig, name: str, like: Like) -> dict[str, str]:
     return {
         role: origin
         for role, origin in config.stages[name].inputs.items()
-        if origin not in config.stages and origin not in like and not Path(origin).exists()
+        if origin not in config.stages and origin not in like and not _is_there(origin)
     }
 
 
@@ -130,9 +141,19 @@ def _stems(config: RunConfig, name: str, role: str) -> set[str]:
 
 
 def _opened(config: RunConfig, name: str, role: str) -> Export | None:
-    """The export behind a role that names a path, if the path is there."""
-    is_there = Path(config.stages[name].inputs[role]).exists()
+    """The export behind a role that names a path, if it is there."""
+    is_there = _is_there(config.stages[name].inputs[role])
     return open_input(config, name, role) if is_there else None
+
+
+def _is_there(origin: str) -> bool:
+    """Whether there is an export, and not only the folder of a stage that will leave one.
+
+    Anything else that lies at the path counts as there, so that it is refused.
+    """
+    path = Path(origin)
+    is_export = any((folder / MANIFEST).is_file() for folder in (path, path / "export"))
+    return is_export or (path.exists() and not (path / "checkpoints").is_dir())
 
 
 def _export_bytes(config: RunConfig, name: str, role: str, like: Like) -> int:

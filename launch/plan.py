@@ -77,7 +77,9 @@ def run(config: RunConfig, *, restart: bool = False) -> None:
 
 
 def run_one(config: RunConfig, name: str, *, restart: bool = False) -> None:
-    """Carry out one step, whose parents must be complete; a stage's targets are written first.
+    """Carry out one step, whose parents must be complete.
+
+    What only this stage reads is written first: targets, and the negative prompt.
 
     Args:
         config: Of the run.
@@ -92,8 +94,9 @@ def run_one(config: RunConfig, name: str, *, restart: bool = False) -> None:
     if name not in names:
         raise ConfigError(f"the plan has the steps {names}, found {name!r}{nearest(name, names)}")
     check = (lambda: check_run(config, name)) if name in config.stages else None
-    before = NEGATIVE_STEP if name == "encode" else _target_step_name(name)
-    for wanted in (before, name):
+    reads_negative = name == "encode" or (check is not None and config.stages[name].is_guided)
+    before = [_target_step_name(name), *([NEGATIVE_STEP] if reads_negative else [])]
+    for wanted in (*before, name):
         if wanted in names:
             run_one_step(steps, wanted, root=run_folder(config), check=check, restart=restart)
 

@@ -24,8 +24,11 @@ from models.kv_spec import EVICTED
 from models.kv_storage import STORAGES
 from models.rollout import NoiseSource
 
-_UNTRAINED = ("storage", "evicted", "evicted_tokens", "at_switch")
-"""Choices of a video that no export has a word on."""
+_RECORDED = (
+    *("frames", "seed", "device", "scale"),
+    *("storage", "evicted", "evicted_tokens", "at_switch"),
+)
+"""Choices that are those of a video, as no export has a word on them."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -149,7 +152,8 @@ def _write_record(
         "prompts": [[int(frame), text] for frame, text in prompts],
         "prefix": prefix,
         "settings": settings.record(),
-        **{key: getattr(arguments, key) for key in ("frames", "seed", "device", *_UNTRAINED)},
+        "wan": None if arguments.wan is None else str(arguments.wan),
+        **{key: getattr(arguments, key) for key in _RECORDED},
     }
     path = arguments.out.with_name(f"{arguments.out.name}.json")
     write_atomically(path, json.dumps(record, indent=1).encode())

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from configs.errors import UserError
 from configs.load import to_dict
@@ -127,7 +128,7 @@ def _shown(value: Any) -> str:
 
 
 def _own_policy(export: Export) -> dict[str, Any]:
-    """The policy that an export holds, empty if none; of its fields those that mean something.
+    """The policy that a student was trained under, empty if none; what means something of it.
 
     Raises:
         UserError: If it has a field that sampling does not know.
@@ -140,6 +141,8 @@ def _own_policy(export: Export) -> dict[str, Any]:
             f"the cache policy in {str(export.folder / MANIFEST)!r} must have no fields but "
             f"{list(known)}, found {unknown}; sample with the pafukv that wrote it"
         )
+    if "budget_tokens" not in policy:
+        return {}  # what an export for other programs says of a head that nothing was trained with
     # With absolute time no lag is limited: the number has had no part in training.
     ignored = ("max_lag",) if policy.get("time") == "absolute" else ()
     return {key: value for key, value in policy.items() if key not in ignored}
@@ -153,7 +156,7 @@ def _parse_params(items: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"--param must be KEY=VALUE, got {item!r}")
         try:
             params.update(to_dict(OmegaConf.from_dotlist([item])))
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
             raise UserError(f"--param must be KEY=VALUE with a YAML value, got {item!r}") from error
     return params
 

@@ -10,13 +10,16 @@ import wandb
 from configs.errors import UserError
 from configs.load import load_config, to_dict
 from data.shards import ShardSet
-from launch.build import latents_folder, new_stage, run_stage
+from launch.build import STAGES, latents_folder, new_stage, run_stage
 from launch.export import load_export, write_export
+from launch.forecast_moments import MOMENTS
+from launch.forecast_passes import PASSES
 from launch.inputs import load_inputs
 from launch.measured_train import SHAPES, write_latents
 from launch.plan import run_folder
 from launch.student import transformer_from_config
 from tests.train.wandb_file import offline_runs
+from train.kinds import KINDS
 
 
 def test_a_stage_and_its_export_are_one_run_in_the_mirror(tmp_path, monkeypatch):
@@ -125,3 +128,7 @@ def test_what_cannot_work_together_is_refused(tiny, tmp_path, stage, role, chang
         return
     with pytest.raises(UserError, match=rf"differs in model\.{wrong};"):
         load_inputs(tiny, stage)
+
+
+def test_every_kind_of_stage_can_be_checked_trained_and_planned():
+    assert KINDS.keys() == STAGES.keys() == PASSES.keys() == MOMENTS.keys()

@@ -144,6 +144,26 @@ def test_plan_says_what_is_not_there_and_takes_a_size_for_it(tmp_path, capsys):
     assert networks["teacher"] == networks["critic"] > 2 * networks["student"]
     assert main([*words, "--like", "teacher"]) == 2
     assert "--like must be PATH=FILE" in capsys.readouterr().err
+    assert main([*words, "--like", f"{teacher}/={larger}"]) == 2
+    assert f"must name an input that is not there, found ['{teacher}']" in capsys.readouterr().err
+
+
+def test_a_stage_that_is_still_training_counts_as_not_there(tiny, tmp_path):
+    (real,) = forecast(tiny, ONE, stage="distill")
+    path = tmp_path / "teacher"
+    (path / "checkpoints").mkdir(parents=True)
+    tiny.stages["distill"].inputs["teacher"] = str(path)
+    (found,) = forecast(tiny, ONE, stage="distill")
+    assert found.missing == {"teacher": str(path)}
+    assert forecast(
+        tiny,
+        ONE,
+        stage="distill",
+        like={str(path): ModelConfig(**to_dict(tiny.model) | BIGGER)},
+    ) == [real]
+    (path / "checkpoints").rmdir()
+    with pytest.raises(UserError, match=r"must hold an export, found no manifest\.json"):
+        forecast(tiny, ONE, stage="distill")
 
 
 def test_an_input_that_is_there_but_cannot_work_is_refused_at_once(tiny, tmp_path):

@@ -86,6 +86,8 @@ def test_a_streaming_student_is_sampled_as_it_was_trained(exports, tmp_path, cap
         "renoise": (True, own),
         "precision": ("bf16", own),
     }
+    record = json.loads((tmp_path / "x.mp4.json").read_text())
+    assert (record["seed"], record["scale"], record["wan"]) == (0, 1, None)
     told, end = capsys.readouterr().out.splitlines()
     assert told.startswith("from the checkpoint: policy salience, age_weight 0.07,")
     assert ", 48 tokens per layer cached, " in end
@@ -141,12 +143,29 @@ def test_without_a_policy_the_defaults_are_used_and_said(exports, tmp_path, caps
     assert "by default, as the checkpoint names no cache policy: policy salience, " in text
 
 
+def test_what_an_export_for_others_says_of_an_untried_head_is_not_taken_for_trained(
+    exports, tmp_path
+):
+    policy = {"name": "salience", "params": {"age_weight": 0.3}}
+    export = changed(exports / "salience", tmp_path / "a", policy=policy)
+    assert sample(export, tmp_path / "x.mp4", "--budget", "40") == 0
+    settings = used(tmp_path / "x.mp4")
+    assert settings["policy"] == ("salience", "by default")
+    assert settings["age_weight"] == (build_policy("salience").age_weight, "by default")
+
+
 def test_without_a_policy_somebody_must_name_the_budget(exports, tmp_path, capsys):
     assert sample(exports / "distill", tmp_path / "x.mp4", "--policy", "fifo") == 2
     error = capsys.readouterr().err
     assert "--budget must be given, in tokens per layer" in error
     assert "a frame has 8 tokens" in error
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("word", ["age_weight=[", "age_weight=${oc.env:NOWHERE}"])
+def test_a_value_that_cannot_be_read_is_named(exports, tmp_path, capsys, word):
+    assert sample(exports / "streaming", tmp_path / "x.mp4", "--param", word) == 2
+    assert f"--param must be KEY=VALUE with a YAML value, got {word!r}" in capsys.readouterr().err
 
 
 def test_a_stage_that_leaves_the_student_alone_hands_on_its_policy(exports):
