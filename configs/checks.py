@@ -77,6 +77,11 @@ def check_run(config: "RunConfig") -> None:
             f"codec.time_stride={config.codec.time_stride}: the truth of the built-in world holds "
             "for single frames",
         )
+        require(
+            config.source.every == 1,
+            "evaluate.stages must be empty unless source.every=1, found source.every="
+            f"{config.source.every}: held-out clips have every frame of the world",
+        )
         recent = max(evaluate.recent_frames, config.model.frames_per_block)
         for name in ("budgets", "long_budgets"):
             budgets = getattr(evaluate, name)

@@ -87,6 +87,7 @@ def test_a_saved_config_reads_back_equal(base, tmp_path):
         ("codec.channels=12", r"model\.in_channels must be codec\.channels=12, found 16"),
         ("text.dim=48", r"model\.text_dim must be text\.dim=48, found 32"),
         ("name=a/b", "name must be a folder name"),
+        ("source.every=2", r"must be empty unless source\.every=1, found source\.every=2"),
         ("stages.causal.inputs.teacher=teachr", r"stages\.causal\.inputs\.teacher must be"),
         ("stages.causal.inputs.teacher=causal", r"must be an earlier stage of the plan"),
         ("stages.teacher.frames=73", r"must not be above the 72 latent frames of a clip.*found 73"),
