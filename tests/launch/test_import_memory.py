@@ -129,5 +129,5 @@ def test_a_lora_is_merged_in_the_one_copy_that_is_held(tmp_path):
     assert file_sha256(base) == written, "the file that is merged into stays as it is"
     remove(source)
     remove(out)
-    buffer = 4 * WAN_1_3B.ffn_dim * WAN_1_3B.num_heads * WAN_1_3B.head_dim  # of the largest layer
-    assert 0.9 * size < peak - before <= 1.1 * size + 3 * buffer
+    # Beside the one copy: some float32 buffers of 55 MB, as large as a layer. Two copies are 2.1.
+    assert 0.9 * size < peak - before <= 1.75 * size
