@@ -7,7 +7,10 @@ the GPU's peak and an efficiency that is assumed.
 
 import argparse
 import dataclasses
+import gc
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +130,8 @@ def run(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config)
     cluster = _cluster(config, arguments)
     like = read_like(arguments.like, config)
-    stages = forecast(config, cluster, stage=arguments.stage, like=like)
+    with _uncollected():
+        stages = forecast(config, cluster, stage=arguments.stage, like=like)
     say(table(config, cluster, stages))
     if arguments.json:
         record = {"cluster": dataclasses.asdict(cluster), "stages": [_record(s) for s in stages]}
@@ -225,6 +229,18 @@ def _sent(config: RunConfig, name: str, meter: StageMeter) -> int:
             share = student if network == "student" else 1
             total += share * update_bytes(sizes.trained, config.trainer, meter.world)
     return int(total)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without garbage collection, which would look at all objects of torch every few seconds."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _cluster(config: RunConfig, arguments: argparse.Namespace) -> Cluster:
