@@ -1,6 +1,5 @@
 """Adapters in the forms of other programs compute there what they compute here."""
 
-import gc
 import json
 import weakref
 
@@ -215,7 +214,6 @@ def test_one_float32_copy_of_the_weights_is_enough_to_compare(exported, tmp_path
     def merge_into(weights, adapter, *, scale):
         assert all(one() is not None for one in merged)
         lora.merge_into(weights, adapter, scale=scale)
-        gc.collect()
         assert [one() for one in merged] == [None] * len(layers)
 
     layers = [f"blocks.{n}.{name}.weight" for n in (0, 1) for name in ("ffn.0", "cross_attn.o")]
